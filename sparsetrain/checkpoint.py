@@ -1,0 +1,231 @@
+"""Run directories and checkpoints: sparse safetensors, written whole or not at all, never a pickle.
+
+    runs/<name>/
+      config.yaml  environment.json  tokenizer.json
+      checkpoints/step_00000500/{model.safetensors, optimizer.safetensors, state.json}
+      model/{model.safetensors, config.yaml, tokenizer.json}      the finished model
+      metrics.jsonl  tensorboard/  summary.json  circuits/
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsetrain.config import RunConfig, load_config
+from sparsetrain.data import file_hash
+from sparsetrain.model import Transformer
+
+FORMAT = "sparsetrain-1"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or run directory that cannot be read, does not fit, or could not be written."""
+
+
+def save_sparse(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a safetensors file; those that are mostly zero as `name.values` and `name.indices` (int32).
+
+    Raises:
+        CheckpointError: the file could not be written whole (e.g. a full disk); nothing is left at `path`.
+    """
+    stored, shapes = {}, {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        flat = tensor.flatten()
+        indices = flat.nonzero().squeeze(-1)
+        if tensor.is_floating_point() and 2 * len(indices) < len(flat) < 2**31:
+            stored[f"{name}.values"], stored[f"{name}.indices"] = flat[indices], indices.int()
+            shapes[name] = list(tensor.shape)
+        else:
+            stored[name] = tensor
+    metadata = {"format": FORMAT, "sparse_shapes": json.dumps(shapes)}
+    try:
+        save_file(stored, path, metadata)
+    except (OSError, SafetensorError) as error:
+        path.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {path}: {error}") from error
+
+
+def load_sparse(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Read what `save_sparse` wrote, as dense tensors.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} must be a readable safetensors file, got: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} must have been written by sparsetrain, got {metadata or 'no metadata'}")
+    for name, shape in json.loads(metadata["sparse_shapes"]).items():
+        values, indices = stored.pop(f"{name}.values"), stored.pop(f"{name}.indices")
+        dense = torch.zeros(shape, dtype=values.dtype, device=values.device)
+        dense.view(-1)[indices.long()] = values
+        stored[name] = dense
+    return stored
+
+
+def fill(model: Transformer, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy weights into a model.
+
+    Raises:
+        CheckpointError: names or shapes differ; every difference is listed.
+    """
+    ours = model.state_dict()
+    differences = [f"{name} is missing there" for name in ours if name not in tensors]
+    differences += [f"{name} is unknown here" for name in tensors if name not in ours]
+    differences += [
+        f"{name} has shape {tuple(tensors[name].shape)} there, {tuple(mine.shape)} here"
+        for name, mine in ours.items()
+        if name in tensors and mine.shape != tensors[name].shape
+    ]
+    if differences:
+        raise CheckpointError(f"{source} does not fit this model:\n  " + "\n  ".join(differences))
+    model.load_state_dict(dict(tensors))
+
+
+def save_checkpoint(
+    run_dir: Path, model: Transformer, optimizer: torch.optim.Adam, state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint of the step in `state["step"]`, then drop all but the newest `keep`.
+
+    Raises:
+        CheckpointError: it could not be written; the earlier checkpoints are untouched.
+    """
+    target = run_dir / "checkpoints" / f"step_{state['step']:08d}"
+    with whole_folder(target) as folder:
+        save_sparse(folder / "model.safetensors", model.state_dict())
+        save_sparse(folder / "optimizer.safetensors", _moments(model, optimizer))
+        hashes = {f.name: file_hash(f) for f in sorted(folder.glob("*.safetensors"))}
+        (folder / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
+    for old in _checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Adam) -> dict[str, Any]:
+    """Restore model and optimiser from a checkpoint folder; returns its state.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or does not fit.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        hashes = state["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}/state.json is missing or damaged ({error}); {_remedy(folder)}") from None
+    for name, expected in hashes.items():
+        if not (folder / name).exists() or file_hash(folder / name) != expected:
+            raise CheckpointError(f"{folder / name} is missing, truncated or changed; {_remedy(folder)}")
+    fill(model, load_sparse(folder / "model.safetensors"), folder)
+    moments = load_sparse(folder / "optimizer.safetensors")
+    for name, p in model.named_parameters():
+        optimizer.state[p] = {key: moments[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+    return state
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    found = _checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def export_model(run_dir: Path, model: Transformer, config_yaml: str) -> Path:
+    """Write `model/`, which holds all that loading the finished model takes."""
+    target = run_dir / "model"
+    with whole_folder(target) as folder:
+        save_sparse(folder / "model.safetensors", model.state_dict())
+        (folder / "config.yaml").write_text(config_yaml)
+        shutil.copy(run_dir / "tokenizer.json", folder / "tokenizer.json")
+    return target
+
+
+def load_model(run: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, Any, RunConfig]:
+    """Load a run's model (the finished one, or else its newest checkpoint), tokenizer and config.
+
+    Args:
+        run: a run directory, or a `model` folder copied out of one.
+        device: where the weights go.
+
+    Raises:
+        CheckpointError: it is no run directory, holds no model yet, or is damaged.
+    """
+    from tokenizers import Tokenizer
+
+    run = Path(run)
+    root = run / "model" if (run / "model").is_dir() else run
+    weights = root / "model.safetensors"
+    if not weights.exists():
+        newest = latest_checkpoint(run)
+        if newest is None:
+            raise CheckpointError(f"{run} must be a run directory with a model or a checkpoint, got none there")
+        weights = newest / "model.safetensors"
+    for name in ("config.yaml", "tokenizer.json"):
+        if not (root / name).exists():
+            raise CheckpointError(f"{root / name} is missing; a model is loaded with its config and tokenizer")
+    config = load_config(RunConfig, [str(root / "config.yaml")])
+    tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
+    model = Transformer(config.model, tokenizer.get_vocab_size()).to(device)
+    fill(model, load_sparse(weights, device), weights)
+    return model.eval(), tokenizer, config
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder that appears at `target`, replacing what is there, only if the body succeeds.
+
+    Raises:
+        CheckpointError: something could not be written; what was at `target` is untouched.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
+    unfinished.chmod(0o755)  # mkdtemp's folders are closed to everyone else
+    try:
+        yield unfinished
+        if target.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target.parent))
+            os.rename(target, replaced / "old")
+            os.rename(unfinished, target)
+            shutil.rmtree(replaced)
+        else:
+            os.rename(unfinished, target)
+    except OSError as error:
+        raise CheckpointError(f"could not write {target}: {error}; what was there before is untouched") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoints").glob("step_*"))
+
+
+def _moments(model: Transformer, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state[p].items()
+    }
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete {folder} to resume from the checkpoint before it"

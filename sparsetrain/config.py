@@ -1,0 +1,319 @@
+"""The typed configuration of a run: every key, its default, unit, range and meaning live here alone."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+C = TypeVar("C")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message lists every problem found."""
+
+
+def option(default: Any, meaning: str, unit: str = "", low: float | None = None, high: float | None = None):
+    """Declare one key: its default, what it means, its unit and its closed range [low, high]."""
+    meta = {"help": meaning, "unit": unit, "low": low, "high": high}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    name: str = option("run", "name of the run's folder")
+    out: str = option("runs", "folder that holds all runs")
+    seed: int = option(0, "seed of initialisation and of batch order", low=0)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train; auto takes cuda if there is one")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "autocast type; weights stay float32")
+    threads: int | None = option(None, "CPU threads; null: one or all, whichever is faster at the time", low=1)
+    compile: bool = option(False, "run the model through torch.compile")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    source: Literal["stdlib", "text", "json", "parquet", "hub"] = option(
+        "stdlib", "stdlib: Python source of this interpreter's standard library; hub: a Hugging Face data set"
+    )
+    paths: list[str] = option([], "files, folders or globs; for text, json and parquet")
+    hub: str | None = option(None, "name of a Hugging Face data set, read as a stream")
+    hub_subset: str | None = option(None, "configuration of the Hugging Face data set")
+    hub_split: str = option("train", "split of the Hugging Face data set")
+    text_column: str = option("text", "column that holds the text in json, parquet and hub data")
+    val_fraction: float = option(0.05, "share of documents held out, chosen by content", "fraction", 0.001, 0.5)
+    max_tokens: int | None = option(None, "stop reading after this many tokens", "tokens", low=1)
+    tokenizer: str | None = option(None, "a tokenizer.json to use; null trains a byte-level BPE on the corpus")
+    vocab_size: int = option(2048, "vocabulary of the BPE that is trained", "tokens", 257, 65536)
+    tokenizer_bytes: int = option(50_000_000, "text the BPE is trained on, at most", "bytes", low=1000)
+    cache: str = option("data", "folder that holds prepared corpora")
+
+
+@dataclass(frozen=True)
+class AbsTopKOptions:
+    attn_in: float = option(0.25, "share kept after the norm before attention", "fraction", 0, 1)
+    q: float = option(0.25, "share of query channels kept, over all heads together", "fraction", 0, 1)
+    k: float = option(0.25, "share of key channels kept, over all heads together", "fraction", 0, 1)
+    v: float = option(0.25, "share of value channels kept, over all heads together", "fraction", 0, 1)
+    attn_out: float = option(0.25, "share of attention's write to the residual kept", "fraction", 0, 1)
+    mlp_in: float = option(0.25, "share kept after the norm before the MLP", "fraction", 0, 1)
+    mlp_act: float = option(0.25, "share of MLP neurons kept", "fraction", 0, 1)
+    mlp_out: float = option(0.25, "share of the MLP's write to the residual kept", "fraction", 0, 1)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    n_layers: int = option(8, "blocks, each attention then MLP", low=1)
+    d_model: int = option(256, "width of the residual stream", "channels", low=1)
+    d_head: int = option(16, "width of a head; d_model / d_head heads", "channels", low=1)
+    mlp_ratio: int = option(4, "MLP neurons per residual channel", low=1)
+    n_ctx: int = option(256, "tokens in a training sequence", "tokens", low=2)
+    activation: Literal["gelu", "relu"] = option("gelu", "nonlinearity of the MLP")
+    bias: bool = option(True, "biases in the four linear maps of a block")
+    bigram: bool = option(True, "dense table of bigram logits, added to the output")
+    sink: bool = option(True, "a learnt logit per head in the softmax's denominator")
+    positions: Literal["none", "learned", "concat"] = option(
+        "none", "learned: added to the embedding; concat: read-only channels beside the residual"
+    )
+    d_pos: int = option(32, "width of concatenated positions", "channels", low=1)
+    norm_eps: float = option(1.1920929e-7, "epsilon of RMSNorm (float32's machine epsilon)", low=0)
+    abs_topk: AbsTopKOptions = field(default_factory=AbsTopKOptions)
+
+
+@dataclass(frozen=True)
+class SparsityOptions:
+    density: float = option(0.0625, "nonzero share of each matrix at the end; 1 trains dense", "fraction", 0, 1)
+    embedding_density: float | None = option(
+        None, "the same for embedding and unembedding (and sparse biases); null: density", "fraction", 0, 1
+    )
+    biases: Literal["dense", "sparse"] = option("dense", "sparse: biases are projected too")
+    min_alive: int = option(4, "nonzeros kept in each neuron and attention channel; 0 turns it off", low=0)
+    anneal: Literal["linear", "exponential"] = option("linear", "how density falls from 1 to its target")
+    anneal_start: float = option(0.01, "when density starts to fall", "share of steps", 0, 1)
+    anneal_stop: float = option(0.5, "when density has reached its target", "share of steps", 0, 1)
+    embedding_anneal: Literal["own", "late"] = option(
+        "own", "own: embeddings fall over the same window; late: only once their budget is reached"
+    )
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    lr: float = option(0.0128, "peak learning rate, before the schedule", low=0)
+    warmup: float = option(0.01, "linear warm-up", "share of steps", 0, 1)
+    sharkfin: bool = option(True, "multiply the learning rate by sqrt(final L0 / L0 now)")
+    gradient: Literal["normalise", "clip", "none"] = option(
+        "normalise", "RMS of all gradients: set to 1 always, only if above 1, or left alone"
+    )
+    beta1: float = option(0.9, "Adam's first decay", low=0, high=1)
+    beta2: float = option(0.95, "Adam's second decay", low=0, high=1)
+    eps: float = option(0.1, "Adam's epsilon; sized for gradients of RMS 1", low=0)
+    weight_decay: float = option(0.1, "decay of matrices, after the projection, times the learning rate", low=0)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    steps: int = option(10_000, "optimiser steps", "steps", low=1)
+    batch_size: int = option(64, "sequences in a step", "sequences", low=1)
+    accumulate: int = option(1, "parts a batch is split into to save memory", low=1)
+    checkpoint_activations: bool = option(False, "recompute blocks in the backward pass to save memory")
+    eval_every: int = option(500, "steps between evaluations on held-out text", "steps", low=1)
+    eval_batches: int = option(20, "batches in an evaluation", low=1)
+    log_every: int = option(10, "steps between lines of metrics", "steps", low=1)
+    histogram_every: int = option(1000, "steps between histograms of weights", "steps", low=1)
+    checkpoint_every: int = option(500, "steps between checkpoints", "steps", low=1)
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept", low=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    run: RunOptions = field(default_factory=RunOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sparsity: SparsityOptions = field(default_factory=SparsityOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.out) / self.run.name
+
+    def problems(self) -> list[str]:
+        """What no single key can tell: the combinations that cannot be trained."""
+        found = []
+        m, s, d, t = self.model, self.sparsity, self.data, self.train
+        if m.d_model % m.d_head:
+            found.append(f"model.d_model must be a multiple of model.d_head = {m.d_head}, got {m.d_model}")
+        if s.anneal_stop < s.anneal_start:
+            found.append(
+                f"sparsity.anneal_stop must be at least sparsity.anneal_start = {s.anneal_start}, "
+                f"got {s.anneal_stop}"
+            )
+        if s.density == 0 or s.embedding_density == 0:
+            found.append("sparsity.density and sparsity.embedding_density must be above 0, got 0")
+        elif int(s.density * m.d_model) < s.min_alive and s.density < 1:
+            found.append(
+                f"sparsity.min_alive must be at most density x d_model = {s.density * m.d_model:g}, "
+                f"got {s.min_alive}; the floor is paid from the same budget"
+            )
+        if t.batch_size % t.accumulate:
+            found.append(
+                f"train.batch_size must be a multiple of train.accumulate = {t.accumulate}, got {t.batch_size}"
+            )
+        if d.source == "hub" and not d.hub:
+            found.append("data.hub must name a Hugging Face data set when data.source is hub, got null")
+        if d.source in ("text", "json", "parquet") and not d.paths:
+            found.append(f"data.paths must list files, folders or globs when data.source is {d.source}, got none")
+        return found
+
+
+def load_config(kind: type[C], arguments: Sequence[str]) -> C:
+    """Build a config of `kind` from YAML files and `key=value` overrides, in the order given.
+
+    Args:
+        kind: one of this package's config dataclasses, e.g. RunConfig.
+        arguments: items with `=` are overrides, the others are YAML files.
+
+    Returns:
+        The resolved config; keys not mentioned have their defaults.
+
+    Raises:
+        ConfigError: a file cannot be read; a key is unknown (the nearest known one is named); a value has the
+            wrong type or is out of range; keys contradict each other. All problems are listed at once.
+    """
+    leaves: dict[str, Any] = {}
+    for item in arguments:
+        leaves.update(_override(item) if "=" in item else _yaml_leaves(Path(item)))
+    return _build(kind, leaves)
+
+
+def config_from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
+    """Build a config from nested plain values, as `config_to_yaml` writes them; same checks as load_config."""
+    return _build(kind, dict(_flatten(values)))
+
+
+def config_to_yaml(config: Any) -> str:
+    """The whole config as YAML text that `load_config` reads back to an equal config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """The whole config as nested plain values."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def known_keys(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, dataclass field) for every leaf of a config dataclass."""
+    for f in fields(kind):
+        if is_dataclass(f.type):
+            yield from known_keys(f.type, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f
+
+
+def describe_keys(kind: type) -> str:
+    """A text that lists every key with its type, default, unit or range, and meaning."""
+    lines = []
+    for key, f in known_keys(kind):
+        default = f.default if f.default is not MISSING else f.default_factory()
+        shown = "null" if default is None else default
+        low, high = f.metadata["low"], f.metadata["high"]
+        bounds = "" if low is None and high is None else f"{'' if low is None else low}..{'' if high is None else high}"
+        extent = " ".join(x for x in (f.metadata["unit"], bounds) if x)
+        lines.append(f"  {key}={shown}  ({_type_name(f.type)}{', ' + extent if extent else ''})")
+        lines.append(f"      {f.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+
+
+def _override(item: str) -> dict[str, Any]:
+    key, _, text = item.partition("=")
+    try:
+        # OmegaConf's own reader, so that 1e-3 is a number (plain YAML 1.1 reads it as a string).
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key} must be a YAML value, got {text!r} ({error.__class__.__name__})") from None
+    return dict(_flatten({key: value}))
+
+
+def _yaml_leaves(path: Path) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config {path}: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"the config {path} must hold keys and values, got a {type(loaded).__name__}")
+    return dict(_flatten(loaded))
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _build(kind: type[C], leaves: Mapping[str, Any]) -> C:
+    known = dict(known_keys(kind))
+    tree = OmegaConf.structured(kind)
+    for section in (tree, *(tree[f.name] for f in fields(kind) if is_dataclass(f.type))):
+        _allow_writes(section)
+    problems = []
+    for key, value in leaves.items():
+        if key not in known:
+            problems.append(f"unknown key {key} = {value!r}{_nearest(key, known)}")
+            continue
+        try:
+            OmegaConf.update(tree, key, value)
+        except OmegaConfBaseException as error:
+            problems.append(f"{key} must be {_type_name(known[key].type)}, got {value!r} ({_first_line(error)})")
+    problems += _out_of_range(tree, known)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    config = OmegaConf.to_object(tree)
+    if found := getattr(config, "problems", list)():
+        raise ConfigError("\n".join(found))
+    return config  # type: ignore[return-value]
+
+
+def _allow_writes(section: Any) -> None:
+    """Frozen dataclasses become read-only trees, which would refuse the merge."""
+    OmegaConf.set_readonly(section, False)
+    for key in section:
+        if OmegaConf.is_dict(section[key]):
+            _allow_writes(section[key])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _nearest(key: str, known: Mapping[str, Any]) -> str:
+    """Suggest the known key whose full name, or whose last part, is closest."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:
+        by_leaf = {name.rpartition(".")[2]: name for name in known}
+        close = [by_leaf[x] for x in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=0.5)]
+    return f"; did you mean {close[0]}?" if close else "; --help lists all keys"
+
+
+def _out_of_range(tree: Any, known: Mapping[str, Any]) -> Iterator[str]:
+    for key, f in known.items():
+        value, low, high = OmegaConf.select(tree, key), f.metadata["low"], f.metadata["high"]
+        if value is None or isinstance(value, (str, bool)):
+            continue
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
+            yield f"{key} must be {bounds}, got {value}"

@@ -1,0 +1,246 @@
+"""The transformer, sparse or dense, with named sites.
+
+Dimension letters, here and in the whole package: B sequences, T tokens, D d_model, H heads, K d_head, M neurons,
+V vocabulary. A site is a named place in the forward pass: `embed`, `final_resid`, and in block l
+`blocks.{l}.` + one of BLOCK_SITES. Sites are read and changed through the arguments of `run`.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparsetrain.config import ModelOptions
+from sparsetrain.kernels.ops import abs_topk
+
+Edit = Callable[[Tensor], Tensor]
+Visit = Callable[[str, Tensor], Tensor]
+
+BLOCK_SITES = (
+    "resid_pre", "attn_in", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_in", "mlp_act", "mlp_out", "resid_post",
+)  # fmt: skip
+
+
+class Transformer(nn.Module):
+    """A pre-norm decoder-only transformer with AbsTopK at eight places (Gao et al. 2025, A.1).
+
+    Args:
+        options: the `model` section of a run's config.
+        vocab_size: V.
+        generator: source of the initial weights; None takes torch's global one.
+    """
+
+    def __init__(self, options: ModelOptions, vocab_size: int, generator: torch.Generator | None = None):
+        super().__init__()
+        self.options = options
+        self.vocab_size = vocab_size
+        d = options.d_model
+        self.embed = nn.Embedding(vocab_size, d)
+        if options.positions != "none":
+            self.positions = nn.Embedding(options.n_ctx, options.d_pos if options.positions == "concat" else d)
+        self.blocks = nn.ModuleList(Block(options) for _ in range(options.n_layers))
+        self.norm = nn.RMSNorm(d, eps=options.norm_eps)
+        self.unembed = nn.Linear(d, vocab_size, bias=False)
+        if options.bigram:
+            self.bigram = nn.Parameter(torch.zeros(vocab_size, vocab_size))
+        self.checkpoint_activations = False
+        self._initialise(generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V) of the tokens (B, T) that follow `tokens` (B, T)."""
+        return self.logits(self.final_resid(tokens), tokens)
+
+    def run(
+        self, tokens: Tensor, read: Collection[str] = (), edits: Mapping[str, Edit] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the model while reading and changing activations at named sites.
+
+        Args:
+            tokens: (B, T).
+            read: sites whose activations are returned, as they are after any edit.
+            edits: for a site, a function from its activation to what replaces it (same shape).
+
+        Returns:
+            Logits (B, T, V) and the activations read, by site.
+
+        Raises:
+            ValueError: a name is not a site of this model.
+        """
+        seen: dict[str, Tensor] = {}
+        resid = self.final_resid(tokens, self.visitor(seen, read, edits))
+        return self.logits(resid, tokens), seen
+
+    def visitor(
+        self, seen: dict[str, Tensor], read: Collection[str] = (), edits: Mapping[str, Edit] | None = None
+    ) -> Visit:
+        """The function that `final_resid` calls at each site: applies the edits, stores what is read in `seen`."""
+        edits = edits or {}
+        widths = site_widths(self.options)
+        if unknown := sorted({*read, *edits} - widths.keys()):
+            raise ValueError(f"sites must be among {', '.join(widths)}; got {', '.join(unknown)}")
+
+        def visit(site: str, value: Tensor) -> Tensor:
+            if site in edits:
+                value = edits[site](value)
+            if site in read:
+                seen[site] = value
+            return value
+
+        return visit
+
+    def final_resid(self, tokens: Tensor, visit: Visit | None = None) -> Tensor:
+        """The residual stream (B, T, D) before the last norm."""
+        visit = visit or _pass
+        x = self.embed(tokens)
+        p = None
+        if self.options.positions != "none":
+            p = self.positions.weight[: tokens.shape[1]]
+            if self.options.positions == "learned":
+                x, p = x + p, None
+        x = visit("embed", x)
+        for l, block in enumerate(self.blocks):
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, p, f"blocks.{l}.", visit, use_reentrant=False)
+            else:
+                x = block(x, p, f"blocks.{l}.", visit)
+        return visit("final_resid", x)
+
+    def logits(self, resid: Tensor, tokens: Tensor) -> Tensor:
+        """Logits (..., V) from the final residual (..., D) and the current tokens (...)."""
+        out = self.unembed(self.norm(resid))
+        if self.options.bigram:
+            out = out + F.embedding(tokens, self.bigram)
+        return out
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator | None) -> None:
+        """N(0, 0.02), and N(0, 0.02 / sqrt(2 n_layers)) for what writes to the residual; biases 0 (GPT-2's rule)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0, 0.02, generator=generator)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+        for block in self.blocks:
+            for out in (block.attn.out, block.mlp.out):
+                out.weight.normal_(0, 0.02 / math.sqrt(2 * self.options.n_layers), generator=generator)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each reading through a norm and adding to the residual stream."""
+
+    def __init__(self, options: ModelOptions):
+        super().__init__()
+        self.attn = Attention(options)
+        self.mlp = Mlp(options)
+
+    def forward(self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit) -> Tensor:
+        x = visit(prefix + "resid_pre", x)
+        x = visit(prefix + "resid_mid", x + self.attn(x, p, prefix, visit))
+        return visit(prefix + "resid_post", x + self.mlp(x, p, prefix, visit))
+
+
+class Attention(nn.Module):
+    """Causal attention; AbsTopK on what it reads, on q, k, v over all heads together, and on what it writes."""
+
+    def __init__(self, options: ModelOptions):
+        super().__init__()
+        d = options.d_model
+        self.d_head = options.d_head
+        self.topk = options.abs_topk
+        self.norm = Norm(options)
+        self.qkv = nn.Linear(self.norm.width, 3 * d, bias=options.bias)
+        self.out = nn.Linear(d, d, bias=options.bias)
+        self.sink = nn.Parameter(torch.zeros(d // options.d_head)) if options.sink else None
+
+    def forward(self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit) -> Tensor:
+        read = visit(prefix + "attn_in", keep(self.norm(x, p), self.topk.attn_in))
+        q, k, v = (
+            visit(prefix + name, keep(part, getattr(self.topk, name)))
+            for name, part in zip("qkv", self.qkv(read).chunk(3, dim=-1), strict=True)
+        )
+        heads = (t.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, K)
+        z = visit(prefix + "z", attend(*heads, self.sink).transpose(1, 2).flatten(-2))
+        return visit(prefix + "attn_out", keep(self.out(z), self.topk.attn_out))
+
+
+class Mlp(nn.Module):
+    """Two linear maps; AbsTopK on what it reads, on its neurons, and on what it writes."""
+
+    def __init__(self, options: ModelOptions):
+        super().__init__()
+        self.topk = options.abs_topk
+        self.norm = Norm(options)
+        self.act = F.gelu if options.activation == "gelu" else F.relu
+        n_neurons = options.mlp_ratio * options.d_model
+        self.up = nn.Linear(self.norm.width, n_neurons, bias=options.bias)
+        self.out = nn.Linear(n_neurons, options.d_model, bias=options.bias)
+
+    def forward(self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit) -> Tensor:
+        read = visit(prefix + "mlp_in", keep(self.norm(x, p), self.topk.mlp_in))
+        neurons = visit(prefix + "mlp_act", keep(self.act(self.up(read)), self.topk.mlp_act))
+        return visit(prefix + "mlp_out", keep(self.out(neurons), self.topk.mlp_out))
+
+
+class Norm(nn.Module):
+    """RMSNorm of the residual stream, with the normed position vector beside it where positions are concatenated."""
+
+    def __init__(self, options: ModelOptions):
+        super().__init__()
+        self.resid = nn.RMSNorm(options.d_model, eps=options.norm_eps)
+        self.pos = nn.RMSNorm(options.d_pos, eps=options.norm_eps) if options.positions == "concat" else None
+        self.width = options.d_model + (options.d_pos if self.pos else 0)
+
+    def forward(self, x: Tensor, p: Tensor | None) -> Tensor:
+        x = self.resid(x)
+        if self.pos is None:
+            return x
+        return torch.cat([x, self.pos(p).expand(x.shape[0], -1, -1)], dim=-1)
+
+
+def keep(x: Tensor, fraction: float) -> Tensor:
+    """AbsTopK that keeps int(fraction x width) entries along the last dimension; 1 keeps x as it is."""
+    return abs_topk(x, int(fraction * x.shape[-1]))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Tensor:
+    """Causal softmax attention, scaled by 1 / sqrt(K), with an optional learnt logit in each head's denominator.
+
+    Args:
+        q, k, v: (B, H, T, K).
+        sink: (H,) logits, or None.
+
+    Returns:
+        (B, H, T, K). Where every key loses to the sink, the output tends to zero.
+
+    Source: Gao et al. 2025, A.1 (attention sinks). Differs: no T x T mask. The sink is a key at position -1 whose
+    value is zero and whose logit comes from one extra feature, q' = [q, 1] and k' = [0, sink x sqrt(K)]; one unused
+    query keeps the matrix square, so that every fast causal path applies.
+    """
+    scale = 1 / math.sqrt(q.shape[-1])
+    if sink is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    logit = (sink / scale).to(q.dtype)[None, :, None, None].expand(q.shape[0], -1, 1, 1)
+    q = F.pad(F.pad(q, (0, 1), value=1.0), (0, 0, 1, 0))
+    k = torch.cat([F.pad(logit, (k.shape[-1], 0)), F.pad(k, (0, 1))], dim=2)
+    v = F.pad(v, (0, 1, 1, 0))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[:, :, 1:, :-1]
+
+
+def site_widths(options: ModelOptions) -> dict[str, int]:
+    """Every site of a model in forward order, with the width of its last dimension."""
+    d = options.d_model
+    read = d + (options.d_pos if options.positions == "concat" else 0)
+    widths = {"embed": d}
+    for l in range(options.n_layers):
+        for site in BLOCK_SITES:
+            wide = {"attn_in": read, "mlp_in": read, "mlp_act": options.mlp_ratio * d}
+            widths[f"blocks.{l}.{site}"] = wide.get(site, d)
+    return {**widths, "final_resid": d}
+
+
+def _pass(site: str, value: Any) -> Any:
+    return value

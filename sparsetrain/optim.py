@@ -1,0 +1,52 @@
+"""The optimiser of the paper: normalised gradients, Adam with a large epsilon, sharkfin rate, decay afterwards."""
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.config import OptimOptions, SparsityOptions
+from sparsetrain.model import Transformer
+from sparsetrain.sparsity import density
+
+
+def build_adam(model: nn.Module, options: OptimOptions) -> torch.optim.Adam:
+    """Adam without weight decay over all parameters (decay comes after the projection, see `decay_`)."""
+    return torch.optim.Adam(
+        model.parameters(), lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
+    )
+
+
+def learning_rate(options: OptimOptions, sparsity: SparsityOptions, progress: float) -> float:
+    """The learning rate at `progress` in [0, 1): warm-up, linear decay to 0, times sqrt(final L0 / L0 now).
+
+    Source: Gao et al. 2025, A.2 ("sharkfin"), normalised to the final L0 as in the released train.py, so that the
+    factor is at most 1 and equals 1 once the density has reached its target.
+    """
+    warm = min(1.0, progress / options.warmup) if options.warmup else 1.0
+    fin = (sparsity.density / density(sparsity, progress)) ** 0.5 if options.sharkfin else 1.0
+    return options.lr * warm * (1 - progress) * fin
+
+
+@torch.no_grad()
+def scale_gradients_(model: nn.Module, rule: str) -> Tensor:
+    """Scale all gradients by one factor, in place; returns their RMS before (a 0-d tensor).
+
+    `normalise` makes the RMS over all parameters 1 (the released train.py), `clip` does so only where it is above 1
+    (the paper's text, A.2), `none` changes nothing.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    # Row by row: a sum over a whole tensor would be split by thread, and its bits would follow their number.
+    squares = torch.stack([torch.linalg.vector_norm(g, dim=-1).square().sum() for g in gradients])
+    rms = (squares.sum() / sum(g.numel() for g in gradients)).sqrt()
+    if rule != "none":
+        torch._foreach_div_(gradients, rms + 1e-5 if rule == "normalise" else rms.clamp_min(1.0))
+    return rms
+
+
+@torch.no_grad()
+def decay_(model: Transformer, options: OptimOptions, lr: float) -> None:
+    """Decay every matrix but the bigram table towards zero, in place; called after the projection.
+
+    Source: the released train.py; the paper states the coefficient 0.1 (A.2).
+    """
+    matrices = [p for name, p in model.named_parameters() if p.dim() > 1 and name != "bigram"]
+    torch._foreach_mul_(matrices, 1 - lr * options.weight_decay)

@@ -1,0 +1,439 @@
+"""The training loop: batch, gradients, Adam, projection, decay; logs and checkpoints; resumes where it stopped.
+
+The method, with its numbered invariants, is in docs/method.md.
+"""
+
+import json
+import logging
+import math
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from sparsetrain import checkpoint, sparsity
+from sparsetrain.config import ConfigError, RunConfig, config_to_dict, config_to_yaml, known_keys, load_config
+from sparsetrain.data import Corpus, batch, evaluation_batches, prepare
+from sparsetrain.model import Transformer
+from sparsetrain.optim import build_adam, decay_, learning_rate, scale_gradients_
+
+log = logging.getLogger(__name__)
+
+# Keys that may change when a run is resumed: they change neither the model nor any number it computes.
+FREE_ON_RESUME = (
+    "run.out", "run.device", "run.threads", "run.compile", "data.cache", "train.accumulate",
+    "train.checkpoint_activations", "train.eval_every", "train.eval_batches", "train.log_every",
+    "train.histogram_every", "train.checkpoint_every", "train.keep_checkpoints",
+)  # fmt: skip
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on; the last good checkpoint is kept."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM; the run was checkpointed and can be resumed."""
+
+
+@dataclass
+class Training:
+    """The state of a run between two steps: all of it is in a checkpoint."""
+
+    config: RunConfig
+    corpus: Corpus
+    model: Transformer
+    optimizer: torch.optim.Adam
+    device: torch.device
+    step: int = 0  # steps done
+    seconds: float = 0.0  # spent in steps, over all sessions
+    tensors: list[sparsity.Projected] = field(default_factory=list)
+
+
+def train(config: RunConfig) -> Path:
+    """Train a model as the config says, or go on with a run that was stopped.
+
+    Args:
+        config: the resolved config of the run.
+
+    Returns:
+        The run directory, with `model/` and `summary.json` in it.
+
+    Raises:
+        ConfigError: the run directory holds a run with another config (every difference is listed).
+        DataError: the corpus or the tokenizer cannot be used.
+        CheckpointError: a checkpoint is damaged, or could not be written.
+        TrainingError: the loss is no longer finite.
+        Interrupted: a signal came; a checkpoint was written.
+    """
+    run = _start(config)
+    if run.step < config.train.steps:
+        _loop(run)
+    return _finish(run)
+
+
+def train_step(run: Training, forward, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """One optimiser step, in the order of docs/method.md; returns the loss and the gradients' RMS (0-d tensors)."""
+    c = run.config
+    progress = run.step / c.train.steps
+    lr = learning_rate(c.optim, c.sparsity, progress)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    loss = torch.zeros((), device=run.device)
+    for part_in, part_out in zip(
+        inputs.chunk(c.train.accumulate), targets.chunk(c.train.accumulate), strict=True
+    ):
+        part = _loss(run, forward, part_in, part_out) / c.train.accumulate
+        part.backward()
+        loss += part.detach()
+    rms = scale_gradients_(run.model, c.optim.gradient)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    sparsity.project_all_(run.tensors, c.sparsity, progress)
+    decay_(run.model, c.optim, lr)
+    run.step += 1
+    return loss, rms
+
+
+@torch.no_grad()
+def evaluate(run: Training) -> float:
+    """Mean held-out loss in nats per token, on the same windows each time."""
+    c = run.config
+    run.model.eval()
+    sums = [
+        (_loss(run, run.model, x.to(run.device), y.to(run.device)).item(), len(x))
+        for x, y in evaluation_batches(
+            run.corpus.tokens("val"), c.train.eval_batches, c.train.batch_size, c.model.n_ctx
+        )
+    ]
+    run.model.train()
+    return sum(loss * n for loss, n in sums) / sum(n for _, n in sums)
+
+
+class Threads:
+    """Chooses between one CPU thread and all of them while training, by timing a few steps of each.
+
+    A second thread nearly doubles the speed of an idle machine and halves that of a busy one, and which of the two
+    it is changes during a run. The bits do not depend on the choice (a test holds this).
+
+    Args:
+        fixed: a number of threads to keep to, or None to choose.
+    """
+
+    PERIOD, TRIALS = 60, 3
+
+    def __init__(self, fixed: int | None):
+        n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.counts = [fixed] if fixed else sorted({1, n_cores})
+        self.times: dict[int, list[float]] = {}
+        self.n_steps = 0
+
+    def choose(self) -> int:
+        """The number of threads for the next step."""
+        trial, at = divmod(self.n_steps % self.PERIOD, self.TRIALS)
+        if at == 0 and trial == 0:
+            self.times = {n: [] for n in self.counts}
+        if trial < len(self.counts):
+            return self.counts[trial]
+        return min(self.counts, key=lambda n: statistics.median(self.times[n]))
+
+    def record(self, n_threads: int, seconds: float) -> None:
+        """Note how long a step took."""
+        self.times[n_threads].append(seconds)
+        self.n_steps += 1
+
+
+def _start(config: RunConfig) -> Training:
+    device = pick_device(config.run.device)
+    corpus = prepare(config.data)
+    for split in ("train", "val"):
+        if len(corpus.tokens(split)) <= config.model.n_ctx + 1:
+            raise ConfigError(
+                f"model.n_ctx must be below the {len(corpus.tokens(split))} tokens of the {split} split, "
+                f"got {config.model.n_ctx}"
+            )
+    run_dir = config.run_dir
+    newest = checkpoint.latest_checkpoint(run_dir)
+    if (run_dir / "config.yaml").exists():
+        _refuse_changes(run_dir, config)
+    generator = torch.Generator().manual_seed(config.run.seed)
+    model = Transformer(config.model, corpus.tokenizer.get_vocab_size(), generator)
+    model.checkpoint_activations = config.train.checkpoint_activations
+    model = model.to(device).train()
+    run = Training(config, corpus, model, build_adam(model, config.optim), device)
+    run.tensors = sparsity.projected(model, config.sparsity)
+    if newest:
+        state = checkpoint.load_checkpoint(newest, model, run.optimizer)
+        if state["corpus"] != corpus.manifest["fingerprint"]:
+            raise checkpoint.CheckpointError(
+                f"{newest} was trained on another corpus or tokenizer ({state['corpus'][:12]}) than the one prepared "
+                f"now ({corpus.manifest['fingerprint'][:12]}); bring back its files or choose another run.name"
+            )
+        run.step, run.seconds = state["step"], state["seconds"]
+        log.info("resuming %s at step %d", run_dir, run.step)
+    _describe(run_dir, run)
+    return run
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a setting: auto is cuda if there is one.
+
+    Raises:
+        ConfigError: cuda was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device must be auto or cpu on a machine without a CUDA device, got cuda")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _refuse_changes(run_dir: Path, config: RunConfig) -> None:
+    before = load_config(RunConfig, [str(run_dir / "config.yaml")])
+    changes = [
+        f"{key}: {_value(before, key)!r} there, {_value(config, key)!r} now"
+        for key, _ in known_keys(RunConfig)
+        if key not in FREE_ON_RESUME and _value(before, key) != _value(config, key)
+    ]
+    if changes:
+        raise ConfigError(
+            f"{run_dir} holds a run with another config; choose another run.name, or delete the folder:\n  "
+            + "\n  ".join(changes)
+        )
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    value: Any = config_to_dict(config)
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _describe(run_dir: Path, run: Training) -> None:
+    """Write what is needed to know, later and elsewhere, what was run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(config_to_yaml(run.config))
+    (run_dir / "tokenizer.json").write_bytes((run.corpus.folder / "tokenizer.json").read_bytes())
+    checkpoint.write_json(
+        run_dir / "environment.json",
+        {
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor() or "cpu",
+            "versions": {p: metadata.version(p) for p in ("torch", "numpy", "tokenizers", "datasets", "safetensors")},
+            "corpus": {k: v for k, v in run.corpus.manifest.items() if k != "files"},
+        },
+    )
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this runs from, `+` if it was changed; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        ask = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--match=-"]
+        done = subprocess.run(ask, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _loop(run: Training) -> None:
+    c = run.config
+    forward = torch.compile(run.model) if c.run.compile else run.model
+    tokens = run.corpus.tokens("train")
+    threads = Threads(c.run.threads)
+    recorder = _Recorder(run)
+    tokens_per_step = c.train.batch_size * c.model.n_ctx
+    bar = tqdm(total=c.train.steps, initial=run.step, unit=" steps", disable=None, smoothing=0.05)
+    with bar, recorder, _stop_signals() as stopped:
+        while run.step < c.train.steps:
+            n_threads = threads.choose()
+            torch.set_num_threads(n_threads)
+            began = time.perf_counter()
+            x, y = batch(tokens, c.run.seed, run.step, 0, c.train.batch_size, c.model.n_ctx)
+            loss, rms = train_step(run, forward, x.to(run.device), y.to(run.device))
+            recorder.losses.append((run.step, loss))
+            if run.device.type == "cpu" or run.step % c.train.log_every == 0:
+                recorder.check_losses()
+            seconds = time.perf_counter() - began
+            threads.record(n_threads, seconds)
+            run.seconds += seconds
+            bar.update()
+            if run.step % c.train.log_every == 0:
+                speed = tokens_per_step * run.step / run.seconds
+                bar.set_postfix_str(f"loss {recorder.last_loss:.3f}, {speed:,.0f} tokens/s")
+                recorder.step(rms, speed)
+            last = run.step == c.train.steps
+            if last or run.step % c.train.eval_every == 0:
+                recorder.evaluation(evaluate(run))
+            if run.step % c.train.histogram_every == 0:
+                recorder.histograms()
+            if last or stopped.is_set() or run.step % c.train.checkpoint_every == 0:
+                recorder.check_losses()
+                _save(run)
+            if stopped.is_set() and not last:
+                raise Interrupted(f"stopped after step {run.step}; the same command goes on from there")
+
+
+def _loss(run: Training, forward, inputs: Tensor, targets: Tensor) -> Tensor:
+    bf16 = run.config.run.dtype == "bfloat16"
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
+        logits = forward(inputs)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def _save(run: Training) -> None:
+    state = {"step": run.step, "seconds": run.seconds, "corpus": run.corpus.manifest["fingerprint"]}
+    checkpoint.save_checkpoint(
+        run.config.run_dir, run.model, run.optimizer, state, run.config.train.keep_checkpoints
+    )
+
+
+def _finish(run: Training) -> Path:
+    c = run.config
+    run_dir = c.run_dir
+    if not (run_dir / "model").is_dir():
+        checkpoint.export_model(run_dir, run.model, config_to_yaml(c))
+    counts = sparsity.count(run.tensors)
+    n_weights = sum(t.weight.numel() for t in run.tensors)
+    n_nonzero = sum(int(row["n_nonzero"]) for row in counts.values())
+    summary_file = run_dir / "summary.json"
+    earlier = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+    checkpoint.write_json(
+        summary_file,
+        {
+            **earlier,
+            "val_loss": evaluate(run),
+            "density": n_nonzero / n_weights,
+            "n_nonzero": n_nonzero,
+            "tokens": c.train.steps * c.train.batch_size * c.model.n_ctx,
+            "seconds": round(run.seconds, 2),
+        },
+    )
+    return run_dir
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C ends the process at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number, frame):
+        log.warning("stopping after this step; once more to stop at once")
+        stopped.set()
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    for s in before:
+        signal.signal(s, stop)
+    try:
+        yield stopped
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+class _Recorder:
+    """Writes metrics.jsonl and TensorBoard, and watches the loss."""
+
+    def __init__(self, run: Training):
+        self.run = run
+        self.losses: list[tuple[int, Tensor]] = []
+        self.last_loss = math.nan
+        self.path = run.config.run_dir / "metrics.jsonl"
+
+    def __enter__(self) -> "_Recorder":
+        from torch.utils.tensorboard import SummaryWriter
+
+        _drop_lines_after(self.path, self.run.step)
+        self.file = open(self.path, "a")  # noqa: SIM115
+        self.board = SummaryWriter(self.run.config.run_dir / "tensorboard", purge_step=self.run.step + 1)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+        self.board.close()
+
+    def check_losses(self) -> None:
+        """Look at the losses since the last look (one wait for the device).
+
+        Raises:
+            TrainingError: one is not finite; names the step it came from.
+        """
+        for step, loss in self.losses:
+            self.last_loss = loss.item()
+            if not math.isfinite(self.last_loss):
+                kept = checkpoint.latest_checkpoint(self.run.config.run_dir)
+                raise TrainingError(
+                    f"the loss became {self.last_loss} at step {step}; "
+                    f"the last good state is {kept or 'the beginning'}; try a lower optim.lr"
+                )
+        self.losses.clear()
+
+    def step(self, rms: Tensor, tokens_per_second: float) -> None:
+        c, done = self.run.config, self.run.step
+        progress = (done - 1) / c.train.steps
+        self._write(
+            {
+                "loss/train": self.last_loss,
+                "gradient_rms": rms.item(),
+                "learning_rate": learning_rate(c.optim, c.sparsity, progress),
+                "density": sparsity.density(c.sparsity, progress),
+                "tokens_per_second": tokens_per_second,
+            }
+        )
+
+    def evaluation(self, loss: float) -> None:
+        c, run = self.run.config, self.run
+        self._write({"loss/val": loss})
+        for name, row in sparsity.count(run.tensors).items():
+            for key, value in row.items():
+                self.board.add_scalar(f"{key}/{name}", value, run.step)
+        left = run.seconds / run.step * (c.train.steps - run.step)
+        log.info(
+            "step %d/%d: loss %.3f, held out %.3f; %d s done, about %d s left",
+            run.step, c.train.steps, self.last_loss, loss, run.seconds, left,
+        )  # fmt: skip
+
+    def histograms(self) -> None:
+        for t in self.run.tensors:
+            weights = t.weight.detach()
+            self.board.add_histogram(f"weights/{t.name}", weights[weights != 0], self.run.step)
+            if weights.dim() == 2:
+                self.board.add_histogram(f"nonzeros_per_row/{t.name}", (weights != 0).sum(1), self.run.step)
+
+    def _write(self, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": self.run.step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, self.run.step)
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Forget metrics of steps that a kill undid, and a line it cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    path.write_text("".join(kept))
