@@ -173,6 +173,34 @@ class RunConfig:
         return found
 
 
+@dataclass(frozen=True)
+class PruneConfig:
+    """One search for the circuit of a task; defaults are the centres of Gao et al. 2025, Table 2, where it has one."""
+
+    target_loss: float = option(0.15, "task loss the circuit must reach", "nats per prompt", low=0)
+    ablation: Literal["mean_data", "mean_task", "zero", "resample"] = option(
+        "mean_data", "what replaces a node outside the circuit; means over the training corpus or the task's prompts"
+    )
+    tie_qk: bool = option(True, "keep a query channel if and only if its key channel is kept")
+    train_pairs: int = option(256, "prompt pairs the masks are learnt on", "pairs", low=2)
+    heldout_pairs: int = option(256, "prompt pairs the measures are taken on", "pairs", low=2)
+    steps: int = option(400, "optimiser steps", "steps", low=1)
+    batch_pairs: int = option(32, "prompt pairs in a step", "pairs", low=1)
+    lr: float = option(3e-3, "learning rate, falling linearly to 0", low=0)
+    count_penalty: float = option(1e-4, "loss per node kept", "nats", low=0)
+    temperature: float = option(1.0, "width of the surrogate gradient of the step function", low=1e-6)
+    init_mean: float = option(0.1, "mean of the initial mask parameters", low=-1, high=1)
+    init_std: float = option(0.01, "their standard deviation", low=0)
+    beta2: float = option(0.95, "AdamW's second decay", low=0, high=1)
+    weight_decay: float = option(1e-3, "AdamW's decay of the mask parameters", low=0)
+    clean: bool = option(True, "drop nodes one by one at the end while the target still holds")
+    reference_tokens: int = option(65_536, "corpus tokens that means are taken over", "tokens", low=1)
+    random_sets: int = option(10, "random node sets the circuit is compared with", low=1)
+    nonsense: bool = option(True, "also search a circuit for the same prompts with nonsense answers")
+    search_trials: int = option(0, "trials of an Optuna search over the mask training's settings; 0: none", low=0)
+    seed: int = option(0, "seed of prompts, masks, batches and random sets", low=0)
+
+
 def load_config(kind: type[C], arguments: Sequence[str]) -> C:
     """Build a config of `kind` from YAML files and `key=value` overrides, in the order given.
 

@@ -1,43 +1,49 @@
 """Fragments of ordinary Python that the tasks' prompts share: words, statements, and the code around a line.
 
-Everything here draws from a seeded `random.Random`. A *lead* is source text that ends where the next statement
-begins: in its indentation.
+Everything here draws from a seeded `random.Random`. A *lead* is source text that ends where the next
+statement begins: in its indentation.
 """
 
 import random
 import re
 from dataclasses import dataclass, replace
 
-NAMES = (
-    "name path data value key line text file mode code size count index offset length start end pos state status "
-    "type kind level flag version prefix suffix encoding errors buffer chunk message msg header host port address "
-    "url user timeout limit width height depth parent child node root left right token tag field method module "
-    "package target source default option parser reader writer stream handler callback event queue lock thread "
-    "process request response filename directory pattern match group result obj cls func context config string "
-    "number other x y a b n"
-).split()
-ITEMS = (
-    "item line key name value field arg entry word node file token path row match option child part x".split()
+
+def words(text: str) -> list[str]:
+    """The words of a text: long lists are easier to read so."""
+    return text.split()
+
+
+NAMES = words(
+    "name path data value key line text file mode code size count index offset length start end pos state "
+    "status type kind level flag version prefix suffix encoding errors buffer chunk message msg header "
+    "host port address url user timeout limit width height depth parent child node root left right token "
+    "tag field method module package target source default option parser reader writer stream handler "
+    "callback event queue lock thread process request response filename directory pattern match group "
+    "result obj cls func context config string number other x y a b n"
 )
-COLLECTIONS = (
-    "items lines keys names values fields args entries words nodes files tokens paths rows matches options "
-    "children parts data results"
-).split()
-NOUNS = (
-    "file name value key path header type argument option mode format encoding line module field message address "
-    "version command token socket buffer directory pattern attribute number index"
-).split()
-VERBS = (
-    "read write open close get set add remove parse format load save find check update send handle run start "
-    "stop reset flush build make create process copy merge split join encode decode"
-).split()
-ADJECTIVES = "invalid missing unknown unexpected unsupported bad empty duplicate".split()
-CLASSES = (
-    "Reader Writer Parser Handler Server Client Request Message Token Node Scanner Queue Worker Config Record "
-    "Formatter Stream Entry Field Option Package Cache Table Task Event"
-).split()
+ITEMS = words(
+    "item line key name value field arg entry word node file token path row match option child part x"
+)
+COLLECTIONS = words(
+    "items lines keys names values fields args entries words nodes files tokens paths rows matches "
+    "options children parts data results"
+)
+NOUNS = words(
+    "file name value key path header type argument option mode format encoding line module field message "
+    "address version command token socket buffer directory pattern attribute number index"
+)
+VERBS = words(
+    "read write open close get set add remove parse format load save find check update send handle run "
+    "start stop reset flush build make create process copy merge split join encode decode"
+)
+ADJECTIVES = words("invalid missing unknown unexpected unsupported bad empty duplicate")
+CLASSES = words(
+    "Reader Writer Parser Handler Server Client Request Message Token Node Scanner Queue Worker Config "
+    "Record Formatter Stream Entry Field Option Package Cache Table Task Event"
+)
 BASES = ("", "", "", "(object)", "(Base)", "(Exception)", "(threading.Thread)")
-MODULES = "os sys re io time socket struct types functools itertools collections logging".split()
+MODULES = words("os sys re io time socket struct types functools itertools collections logging")
 
 # Neither quotes nor open brackets: several tasks ask for the one that is open.
 STATEMENTS = (
@@ -81,7 +87,7 @@ METHOD_BODIES = ("return self.{x}", "self.{x}.{verb}()", "return self.{x}.{y}", 
 
 @dataclass(frozen=True)
 class Names:
-    """Distinct names for one prompt: a, b, c for its deciding line; x, y, z for the lines around; and a loop's."""
+    """Distinct names for one prompt: a, b, c for its deciding line, x, y, z for others, two for a loop."""
 
     a: str
     b: str
@@ -136,7 +142,7 @@ def at_top(rng: random.Random) -> str:
 
 
 def before_def(rng: random.Random) -> str:
-    """A lead where a definition may follow: in a class, at times after a short method, or at the top of a file."""
+    """A lead where a `def` may follow: in a class, at times after a short method, or at the top of a file."""
     if rng.random() < 0.5:
         return at_top(rng)
     lead = in_class(rng)
@@ -159,7 +165,7 @@ def in_function(rng: random.Random, names: Names) -> str:
         names: some of them become arguments; the statements use x, y, z and items alone.
     """
     lead = before_def(rng)
-    lines = [rng.choice(STATEMENTS) + "\n" for _ in range(rng.choice((0, 0, 1, 1, 2)))]
+    lines = [rng.choice(STATEMENTS) + "\n" for _ in range(rng.choice((0, 0, 0, 1, 1, 2)))]
     if rng.random() < 0.2:
         lines.append(rng.choice(OPENERS) + "\n    ")
     body = "".join(fill(rng, line, names.around_shuffled(rng)) for line in lines)

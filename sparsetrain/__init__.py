@@ -1,0 +1,31 @@
+"""Train weight-sparse transformers from scratch and read their circuits."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsetrain.checkpoint import load_model as load
+    from sparsetrain.config import PruneConfig, RunConfig, load_config
+    from sparsetrain.pruning.circuit import load_circuit
+    from sparsetrain.pruning.prune import prune
+    from sparsetrain.train import train
+
+_PUBLIC = {
+    "load": ("sparsetrain.checkpoint", "load_model"),
+    "load_config": ("sparsetrain.config", "load_config"),
+    "RunConfig": ("sparsetrain.config", "RunConfig"),
+    "PruneConfig": ("sparsetrain.config", "PruneConfig"),
+    "train": ("sparsetrain.train", "train"),
+    "prune": ("sparsetrain.pruning.prune", "prune"),
+    "load_circuit": ("sparsetrain.pruning.circuit", "load_circuit"),
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    """Import on first use: `import sparsetrain` alone costs nothing."""
+    import importlib
+
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'sparsetrain' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    return getattr(importlib.import_module(module), attribute)

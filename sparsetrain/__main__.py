@@ -1,0 +1,7 @@
+"""`python -m sparsetrain` is the command `sparsetrain`."""
+
+import sys
+
+from sparsetrain.cli import main
+
+sys.exit(main())

@@ -1,0 +1,173 @@
+"""The command line: a thin roof over functions that a notebook can call as well."""
+
+import argparse
+import logging
+
+import sys
+from pathlib import Path
+
+
+from sparsetrain.config import (
+    ConfigError,
+    PruneConfig,
+    RunConfig,
+    config_to_yaml,
+    describe_keys,
+    load_config,
+)
+
+KEYS = "\nkeys, given as key=value or in a YAML file, with their defaults:\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 an error with its message, 130 interrupted."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "fsspec", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return options.command(options) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not isinstance(error, _expected_errors()):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 130 if type(error).__name__ == "Interrupted" else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sparsetrain", description="Train weight-sparse transformers and read their circuits.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command, summary: str, keys: type | None = None) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=KEYS + describe_keys(keys) if keys else None,
+        )  # fmt: skip
+        made.set_defaults(command=command)
+        return made
+
+    for name, command, summary in (
+        ("train", _train, "Train a model from a config, or go on with a run that was stopped."),
+        ("prepare", _prepare, "Read and tokenize the corpus of a config, without training."),
+    ):
+        made = add(name, command, summary, RunConfig)
+        made.add_argument("config", nargs="*", metavar="FILE.yaml | key=value")
+        made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+
+    made = add("tasks", _tasks, "Print, for every task, how well a run's full model does it on held-out prompts.")
+    made.add_argument("run", help="a run directory")
+    made.add_argument("--pairs", type=int, default=128, help="prompt pairs per task (default 128)")
+    made.add_argument("--examples", action="store_true", help="print a prompt pair of each task as well")
+
+    made = add("prune", _prune, "Extract the circuit of a task from a run and measure it.", PruneConfig)
+    made.add_argument("run", help="a run directory")
+    made.add_argument("config", nargs="*", metavar="FILE.yaml | key=value")
+    made.add_argument("--task", required=True, help="a built-in task, or a JSON-lines file")
+    made.add_argument("--method", default="node_masks", choices=["node_masks"])
+    made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+
+    made = add("page", _page, "Write the page of a circuit again, from what the run directory holds.")
+    made.add_argument("run", help="a run directory")
+    made.add_argument("--task", required=True)
+    made.add_argument("--method", default="node_masks")
+    return parser
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message is meant for the user; anything else is a bug and keeps its traceback."""
+    from sparsetrain.checkpoint import CheckpointError
+    from sparsetrain.data import DataError
+    from sparsetrain.pruning.circuit import CircuitError
+    from sparsetrain.tasks import TaskError
+    from sparsetrain.train import Interrupted, TrainingError
+
+    return ConfigError, DataError, TaskError, CheckpointError, CircuitError, TrainingError, Interrupted
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = load_config(RunConfig, options.config)
+    if options.print_config:
+        print(config_to_yaml(config), end="")
+        return
+    from sparsetrain.train import train
+
+    run_dir = train(config)
+    print((run_dir / "summary.json").read_text(), end="")
+    print(f"run directory: {run_dir}")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    config = load_config(RunConfig, options.config)
+    if options.print_config:
+        print(config_to_yaml(config), end="")
+        return
+    from sparsetrain.data import prepare
+
+    corpus = prepare(config.data)
+    print(f"{corpus.folder}: {corpus.manifest['tokens']} tokens")
+
+
+def _tasks(options: argparse.Namespace) -> None:
+    from sparsetrain.pruning.prune import score_tasks
+
+    print(f"{'task':28} {'loss':>7} {'accuracy':>9}   (chance: loss 0.693, accuracy 50 %)")
+    for score in score_tasks(options.run, options.pairs):
+        if score.loss is None:
+            print(f"{score.name:28} not possible with this tokenizer: {score.reason}")
+        else:
+            print(f"{score.name:28} {score.loss:7.3f} {score.accuracy:9.1%}")
+        if options.examples:
+            for prompt, answer in score.examples:
+                print(f"    {prompt!r} -> {answer!r}")
+
+
+def _prune(options: argparse.Namespace) -> None:
+    config = load_config(PruneConfig, options.config)
+    if options.print_config:
+        print(config_to_yaml(config), end="")
+        return
+    from sparsetrain.analysis.circuit_page import write_page
+    from sparsetrain.pruning.prune import Unreached, prune
+    from sparsetrain.train import pick_device
+
+    found = prune(options.run, options.task, config, options.method, pick_device("auto"))
+    if isinstance(found, Unreached):
+        print(f"no circuit of {found.task} reaches {found.target_loss}; the best had {found.best_loss:.3f}: {found.why}")
+        return
+    folder = Path(options.run) / "circuits" / found.task / found.method
+    print(_measures_table(found))
+    print(f"page: {write_page(options.run, folder)}")
+
+
+def _page(options: argparse.Namespace) -> None:
+    from sparsetrain.analysis.circuit_page import write_page
+
+    print(write_page(options.run, Path(options.run) / "circuits" / options.task / options.method))
+
+
+def _measures_table(circuit) -> str:
+    m = circuit.measures
+    rows = [
+        ("circuit", f"{m['n_nodes']} nodes, {m['n_edges']} edges"),
+        ("its held-out task loss", f"{m['task_loss']:.3f}   (target {m['target_loss']}, chance 0.693)"),
+        ("its accuracy", f"{m['task_accuracy']:.1%}"),
+        ("full model's task loss", f"{m['full_model_loss']:.3f}   (accuracy {m['full_model_accuracy']:.1%})"),
+        ("KL to the full model", f"{m['kl']:.3f} nats"),
+        ("loss with the circuit ablated", f"{m['completeness_loss']:.3f}"),
+        (
+            "loss with random nodes ablated",
+            f"{m['random_ablation_loss']:.3f} +- {m['random_ablation_loss_std']:.3f}   (as many at each site)",
+        ),
+    ]
+    if control := m.get("nonsense"):
+        loss = f"loss {control['task_loss']:.3f}" if control["reached"] else "target not reached"
+        rows.append(("nonsense control", f"{control['n_nodes']} nodes, {control['n_edges']} edges, {loss}"))
+    return "\n".join([f"circuit of {circuit.task}", *(f"  {name:32} {value}" for name, value in rows)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

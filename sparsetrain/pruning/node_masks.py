@@ -1,0 +1,100 @@
+"""Pruning by learnt node masks: the paper's own method (Gao et al. 2025, A.5)."""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparsetrain.config import PruneConfig
+from sparsetrain.model import Transformer
+from sparsetrain.pruning.evaluate import Ablation, Calibration, answer_logits, draw_places, task_losses
+from sparsetrain.pruning.graph import NodeSet, node_sites
+from sparsetrain.tasks import TaskData
+
+
+class StepFunction(torch.autograd.Function):
+    """Heaviside's step forward; backward the derivative of a sigmoid: H'(t) := s'(t / T) / T (A.5)."""
+
+    @staticmethod
+    def forward(ctx, tau: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(tau)
+        ctx.temperature = temperature
+        return (tau >= 0).to(tau.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        s = torch.sigmoid(ctx.saved_tensors[0] / ctx.temperature)
+        return grad * s * (1 - s) / ctx.temperature, None
+
+
+def rank_nodes(model: Transformer, data: TaskData, ablation: Ablation, options: PruneConfig) -> dict[str, Tensor]:
+    """Learn a mask over all nodes; its parameters rank them.
+
+    The loss is the task's, over the answers' logits alone, plus `count_penalty` for each node kept. The model is
+    frozen. One mask serves all prompts and positions.
+
+    Args:
+        model: any model; its parameters get no gradient.
+        data: the prompts to learn on.
+        ablation: what replaces a node that is masked.
+        options: see PruneConfig.
+
+    Returns:
+        For each node site the mask parameters tau (width,), in [-1, 1]; a node is in the learnt circuit where
+        tau >= 0. Under `tie_qk` a query channel and its key channel have one parameter.
+    """
+    device = model.unembed.weight.device
+    generator = torch.Generator().manual_seed(options.seed)
+    free = {
+        site: torch.empty(width)
+        .normal_(options.init_mean, options.init_std, generator=generator)
+        .clamp_(-1, 1)
+        .to(device)
+        .requires_grad_()
+        for site, width in node_sites(model.options).items()
+        if not (options.tie_qk and site.endswith(".k"))
+    }
+    tau = {site: free[_owner(site, free)] for site in node_sites(model.options)}
+    optimizer = torch.optim.AdamW(
+        free.values(), lr=options.lr, betas=(0.9, options.beta2), eps=1e-8, weight_decay=options.weight_decay
+    )
+    model.requires_grad_(False)
+    for step in tqdm(range(options.steps), desc="learning masks", unit=" steps", disable=None):
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * (1 - step / options.steps)
+        part = data.take(_pairs(len(data) // 2, options.batch_pairs, generator))
+        gates = {site: StepFunction.apply(t, options.temperature) for site, t in tau.items()}
+        logits = answer_logits(model, part, gates, ablation, draw_places(ablation, part.tokens, generator))
+        kept = sum(gate.sum() for gate in gates.values())
+        loss = task_losses(Calibration()(logits, part)).mean() + options.count_penalty * kept
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(free.values(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for t in free.values():
+                t.clamp_(-1, 1)
+    model.requires_grad_(True)
+    return {site: t.detach() for site, t in tau.items()}
+
+
+def top_nodes(tau: dict[str, Tensor], n: int, tie_qk: bool) -> NodeSet:
+    """The n nodes of greatest tau (one more where a tied pair straddles the cut); ties go to earlier sites."""
+    flat = torch.cat(list(tau.values()))
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen[flat.argsort(descending=True, stable=True)[:n]] = True
+    nodes = dict(zip(tau, chosen.split([len(t) for t in tau.values()]), strict=True))
+    if tie_qk:
+        for site in nodes:
+            if site.endswith(".q"):
+                nodes[site] = nodes[site[:-1] + "k"] = nodes[site] | nodes[site[:-1] + "k"]
+    return nodes
+
+
+def _owner(site: str, free: dict[str, Tensor]) -> str:
+    return site if site in free else site[:-1] + "q"
+
+
+def _pairs(n_pairs: int, n: int, generator: torch.Generator) -> list[int]:
+    """Rows of n random pairs, both prompts of each."""
+    chosen = torch.randperm(n_pairs, generator=generator)[:n]
+    return (2 * chosen[:, None] + torch.arange(2)).flatten().tolist()

@@ -1,0 +1,367 @@
+"""Tasks as tensors: the twenty built-in tasks or a user's own, drawn from a seed, checked on the tokenizer.
+
+A task is a source of prompt pairs. A prompt's right answer is one token, the one that training text has
+there: the tokens of prompt and answer read together begin with the prompt's own. A built-in answer such as
+`]]` with its line break is one token to some tokenizers and two to others; where it is several, its first is
+asked for, as long as the two sides still differ. Names and the answers of users' files must be whole tokens.
+
+The split rests on the prompts' text: no prompt is in both `train` and `heldout`, whatever the seeds.
+"""
+
+import difflib
+import hashlib
+import inspect
+import json
+import logging
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from sparsetrain.task_prompts import GENERATORS, NAME_ANSWERS, Pair
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "heldout"]
+PAD = 0
+FEWEST_PAIRS = 2  # of a file; fewer make no task
+# Candidates in a row without a new pair. In a small vocabulary one in fifty has names that are single tokens.
+LONGEST_FAILURE = 2000
+KEYS = [field.name for field in fields(Pair)]
+FORMAT = f"give each line the keys {', '.join(KEYS)}"
+
+
+class TaskError(ValueError):
+    """A task that cannot be found, read or encoded."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A source of prompt pairs.
+
+    Attributes:
+        name: the paper's name, or the stem of the user's file.
+        description: one line, in plain words.
+        candidates: the pairs of one split in a seeded order: without end, or each pair of a file once.
+        whole_answers: an answer of several tokens is refused; otherwise its first token is asked for.
+        from_file: the pairs are a fixed list, so there may be fewer than asked for.
+    """
+
+    name: str
+    description: str
+    candidates: Callable[[Split, random.Random], Iterator[Pair]]
+    whole_answers: bool = False
+    from_file: bool = False
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Encoded prompts; rows 2i and 2i + 1 are the positive and the negative prompt of pair i."""
+
+    name: str
+    tokens: Tensor  # (N, T) int64, padded on the right with PAD, which causal attention never looks at
+    last: Tensor  # (N,) index of each prompt's last token
+    correct: Tensor  # (N,) token id of the right answer
+    wrong: Tensor  # (N,) token id of the wrong one
+    positive: Tensor  # (N,) token id of the pair's positive answer
+    prompts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def to(self, device: torch.device | str) -> "TaskData":
+        """The same prompts with their tensors on `device`."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def take(self, rows: slice | Sequence[int]) -> "TaskData":
+        """Some of the prompts, by slice or row numbers."""
+        numbers = range(len(self))[rows] if isinstance(rows, slice) else [int(row) for row in rows]
+        index = torch.tensor(list(numbers), dtype=torch.int64, device=self.tokens.device)
+        tensors = {name: tensor[index] for name, tensor in self._tensors().items()}
+        return replace(self, prompts=tuple(self.prompts[row] for row in numbers), **tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+def load_task(name_or_path: str) -> Task:
+    """Find a built-in task by its name, or read one from a file.
+
+    Args:
+        name_or_path: one of TASKS, or the path of a .jsonl file; each line is an object with the keys
+            `positive` and `negative` (the prompts), `positive_answer` and `negative_answer` (single tokens).
+
+    Returns:
+        The task. A file's task is named after the file.
+
+    Raises:
+        TaskError: no built-in task has this name, or the file is missing, empty or malformed.
+    """
+    if name_or_path in TASKS:
+        return TASKS[name_or_path]
+    path = Path(name_or_path)
+    if path.suffix != ".jsonl":
+        near = difflib.get_close_matches(name_or_path, TASKS, n=3, cutoff=0.4) or list(TASKS)
+        raise TaskError(
+            f"task must be a built-in name or the path of a .jsonl file, got {name_or_path!r}; "
+            f"the nearest names are {', '.join(near)}"
+        )
+    return _file_task(path)
+
+
+def encode_task(
+    task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, seed: int, n_ctx: int
+) -> TaskData:
+    """Draw pairs of one split and encode them, leaving out repeats and pairs that do not suit the tokenizer.
+
+    Args:
+        task: what to draw from.
+        tokenizer: the model's tokenizer.
+        n_pairs: how many pairs; a task from a file gives up to as many, and a warning if there are fewer.
+        split: `train` or `heldout`; they share no prompt, whatever the seeds.
+        seed: decides which pairs are drawn and in which order; fewer pairs are the first of more.
+        n_ctx: the model's context length; a prompt is at most n_ctx - 1 tokens.
+
+    Returns:
+        2 * n_pairs prompts.
+
+    Raises:
+        TaskError: an argument is out of range, or too few pairs pass; says why the first was refused.
+    """
+    if split not in get_args(Split):
+        raise TaskError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
+    if n_pairs < 1:
+        raise TaskError(f"n_pairs must be at least 1, got {n_pairs}")
+    candidates = task.candidates(split, random.Random(f"{task.name} {split} {seed}"))
+    chosen, refused = _choose(candidates, n_pairs, tokenizer, n_ctx, task.whole_answers)
+    _check_number(task, tokenizer, n_pairs, split, len(chosen), refused)
+    _report_first_tokens(task, chosen, tokenizer)
+    return _stack(task.name, chosen)
+
+
+def nonsense(data: TaskData, tokenizer: Tokenizer, seed: int) -> TaskData:
+    """Ask the same prompts for two arbitrary words: the control that shows what pruning finds on its own.
+
+    Args:
+        data: an encoded task.
+        tokenizer: the tokenizer that encoded it.
+        seed: chooses the words among the vocabulary's whole words that are no answers of the task.
+
+    Returns:
+        The same prompts; positive ones ask for one word, negative ones for the other.
+
+    Raises:
+        TaskError: the vocabulary has fewer than two such words.
+
+    Source: Drori 2025, the control with arbitrary answers.
+    """
+    answers = set(data.correct.tolist()) | set(data.wrong.tolist())
+    words = [
+        token
+        for token in range(tokenizer.get_vocab_size())
+        if token not in answers and re.fullmatch(" [a-z]{2,}", tokenizer.decode([token]))
+    ]
+    if len(words) < 2:
+        raise TaskError(
+            f"the vocabulary must hold two whole words besides the answers of {data.name}, got {len(words)}; "
+            "train a tokenizer with a larger vocabulary"
+        )
+    first, second = random.Random(f"nonsense {data.name} {seed}").sample(words, 2)
+    is_positive = data.correct == data.positive
+    return replace(
+        data,
+        name=f"{data.name}_nonsense",
+        correct=is_positive * first + ~is_positive * second,
+        wrong=is_positive * second + ~is_positive * first,
+        positive=torch.full_like(data.positive, first),
+    )
+
+
+class _Refused(Exception):
+    """Why a pair does not suit the tokenizer or the context length."""
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    prompts: tuple[list[int], list[int]]
+    answers: tuple[int, int]
+
+
+def _encode(pair: Pair, tokenizer: Tokenizer, n_ctx: int, whole_answers: bool) -> _Encoded:
+    """Encode both prompts with their right answers, or raise _Refused."""
+    prompts, answers = [], []
+    for prompt, answer in ((pair.positive, pair.positive_answer), (pair.negative, pair.negative_answer)):
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        together = tokenizer.encode(prompt + answer, add_special_tokens=False).ids
+        rest = together[len(ids) :]
+        if not 1 <= len(ids) < n_ctx:
+            raise _Refused(f"a prompt has {len(ids)} tokens, where n_ctx {n_ctx} allows 1 to {n_ctx - 1}")
+        if together[: len(ids)] != ids or not rest:
+            raise _Refused(f"the answer {answer!r} merges with the end of its prompt, {prompt[-20:]!r}")
+        if whole_answers and len(rest) > 1:
+            raise _Refused(f"the answer {answer!r} is not one token but {_texts(rest, tokenizer)}")
+        prompts.append(ids)
+        answers.append(rest[0])
+    if answers[0] == answers[1]:
+        both = f"{pair.positive_answer!r} and {pair.negative_answer!r}"
+        raise _Refused(f"the answers {both} begin with the same token, {_texts(answers[:1], tokenizer)[0]!r}")
+    return _Encoded((prompts[0], prompts[1]), (answers[0], answers[1]))
+
+
+def _choose(
+    candidates: Iterator[Pair], n_pairs: int, tokenizer: Tokenizer, n_ctx: int, whole_answers: bool
+) -> tuple[dict[Pair, _Encoded], list[str]]:
+    """The first `n_pairs` different pairs that suit, encoded, and the reasons against the others."""
+    chosen: dict[Pair, _Encoded] = {}
+    refused: list[str] = []
+    n_failed = 0
+    for pair in candidates:
+        n_failed += 1
+        if pair not in chosen:
+            try:
+                chosen[pair] = _encode(pair, tokenizer, n_ctx, whole_answers)
+                n_failed = 0
+            except _Refused as reason:
+                refused.append(str(reason))
+        if len(chosen) == n_pairs or n_failed == LONGEST_FAILURE:
+            break
+    return chosen, refused
+
+
+def _texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode([token]) for token in ids]
+
+
+def _check_number(
+    task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, found: int, refused: list[str]
+) -> None:
+    """Raise if there are too few pairs; warn if a file has fewer than asked for or some of no use."""
+    reason = f"; {len(refused)} were refused, the first because {refused[0]}" if refused else ""
+    fewest = min(n_pairs, FEWEST_PAIRS) if task.from_file else n_pairs
+    remedy = "add pairs to the file" if task.from_file else "write your own prompts as a .jsonl file"
+    if found < fewest:
+        raise TaskError(
+            f"task {task.name} must give {fewest} different pairs for {split} with this tokenizer of "
+            f"{tokenizer.get_vocab_size()} tokens, got {found}{reason}; "
+            f"train a tokenizer with a larger vocabulary, or {remedy}"
+        )
+    if task.from_file and (found < n_pairs or refused):
+        log.warning("task %s: %d pairs for %s, %d asked for%s", task.name, found, split, n_pairs, reason)
+
+
+def _report_first_tokens(task: Task, chosen: dict[Pair, _Encoded], tokenizer: Tokenizer) -> None:
+    """Tell once which answers are longer than the token asked for."""
+    asked = {}
+    for pair, encoded in chosen.items():
+        for answer, token in zip((pair.positive_answer, pair.negative_answer), encoded.answers, strict=True):
+            text = tokenizer.decode([token])
+            if text != answer:
+                asked[answer] = text
+    for answer, text in asked.items():
+        log.info("task %s: %r is several tokens here; asking for the first, %r", task.name, answer, text)
+
+
+def _stack(name: str, chosen: dict[Pair, _Encoded]) -> TaskData:
+    """Lay encoded pairs out as rows: positive, negative, positive, ..."""
+    rows = [ids for encoded in chosen.values() for ids in encoded.prompts]
+    answers = torch.tensor([encoded.answers for encoded in chosen.values()])  # (pairs, 2)
+    tokens = torch.full((len(rows), max(map(len, rows))), PAD, dtype=torch.int64)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    return TaskData(
+        name=name,
+        tokens=tokens,
+        last=torch.tensor([len(ids) - 1 for ids in rows]),
+        correct=answers.flatten(),
+        wrong=answers.flip(1).flatten(),
+        positive=answers[:, 0].repeat_interleave(2),
+        prompts=tuple(prompt for pair in chosen for prompt in (pair.positive, pair.negative)),
+    )
+
+
+def _side(text: str) -> Split:
+    """The split a text belongs to: a fair coin that depends on nothing but the text."""
+    return "heldout" if hashlib.sha256(text.encode()).digest()[0] % 2 else "train"
+
+
+def _built_in(draw: Callable[[random.Random], Pair]) -> Task:
+    def candidates(split: Split, rng: random.Random) -> Iterator[Pair]:
+        while True:
+            pair = draw(rng)
+            # Asked of both prompts, not of the pair: a prompt can occur in several pairs.
+            if _side(pair.positive) == _side(pair.negative) == split:
+                yield pair
+
+    description = inspect.getdoc(draw).splitlines()[0]
+    return Task(draw.__name__, description, candidates, whole_answers=draw in NAME_ANSWERS)
+
+
+def _file_task(path: Path) -> Task:
+    pairs = _read_pairs(path)
+    groups = _groups(pairs)
+
+    def candidates(split: Split, rng: random.Random) -> Iterator[Pair]:
+        mine = [pair for pair, group in zip(pairs, groups, strict=True) if _side(group) == split]
+        yield from rng.sample(mine, len(mine))
+
+    return Task(path.stem, f"pairs from {path}", candidates, whole_answers=True, from_file=True)
+
+
+def _groups(pairs: list[Pair]) -> list[str]:
+    """For each pair, the first in order of all prompts that are linked with it by shared prompts.
+
+    Pairs that share a prompt must fall on the same side of the split, and none of a user's is dropped for it.
+    """
+    parent: dict[str, str] = {}
+
+    def find(prompt: str) -> str:
+        while parent.setdefault(prompt, prompt) != prompt:
+            prompt = parent[prompt]
+        return prompt
+
+    for pair in pairs:
+        low, high = sorted((find(pair.positive), find(pair.negative)))
+        parent[high] = low
+    return [find(pair.positive) for pair in pairs]
+
+
+def _read_pairs(path: Path) -> list[Pair]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"a task file must be readable UTF-8 text, got {error} for {path}") from error
+    pairs = [_read_pair(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not pairs:
+        raise TaskError(f"{path} must hold one pair a line, got an empty file; {FORMAT}")
+    return pairs
+
+
+def _read_pair(line: str, where: str) -> Pair:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TaskError(
+            f"{where} must be a JSON object on one line, got {line[:40]!r} ({error}); {FORMAT}"
+        ) from error
+    if not isinstance(row, dict):
+        raise TaskError(f"{where} must be a JSON object, got {line[:40]!r}; {FORMAT}")
+    problems = [f"no {key}" for key in KEYS if key not in row]
+    problems += [f"an unknown key {key}" for key in row if key not in KEYS]
+    problems += [f"{key} {text!r}" for key, text in row.items() if not (isinstance(text, str) and text)]
+    if problems:
+        raise TaskError(
+            f"{where} must hold four texts that are not empty, got {', '.join(problems)}; {FORMAT}"
+        )
+    pair = Pair(**row)
+    if pair.positive == pair.negative or pair.positive_answer == pair.negative_answer:
+        raise TaskError(f"{where} must hold two prompts and two answers that differ, got the same text twice")
+    return pair
+
+
+TASKS: dict[str, Task] = {draw.__name__: _built_in(draw) for draw in GENERATORS}

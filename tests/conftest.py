@@ -1,0 +1,46 @@
+"""Shared fixtures: a small real corpus, the config of a tiny model on it, and one trained run."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsetrain.config import RunConfig, load_config
+
+torch.set_num_threads(1)
+
+MODULES = ("argparse", "ast", "calendar", "csv", "dataclasses", "inspect", "pickle", "shutil", "textwrap", "typing")
+TINY = (
+    "run.threads=1", "data.source=text", "data.vocab_size=400", "data.val_fraction=0.2", "model.n_layers=2",
+    "model.d_model=32", "model.d_head=8", "model.n_ctx=32", "sparsity.density=0.25", "optim.lr=0.02",
+    "train.steps=20", "train.batch_size=4", "train.eval_every=10", "train.eval_batches=2", "train.log_every=5",
+    "train.checkpoint_every=10", "train.histogram_every=10",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> list[str]:
+    """Arguments of a tiny run on ten modules of the standard library, in a folder of their own."""
+    root = tmp_path_factory.mktemp("tiny")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    paths = ",".join(str(stdlib / f"{name}.py") for name in MODULES)
+    return [*TINY, f"data.paths=[{paths}]", f"data.cache={root / 'data'}", f"run.out={root / 'runs'}"]
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny) -> RunConfig:
+    return load_config(RunConfig, tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny) -> Path:
+    """A finished run, shared by tests that only read it."""
+    from sparsetrain.train import train
+
+    return train(load_config(RunConfig, [*tiny, "run.name=shared"]))

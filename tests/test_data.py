@@ -1,0 +1,122 @@
+"""From files to batches."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sparsetrain.config import DataOptions
+from sparsetrain.data import DataError, batch, evaluation_batches, prepare, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Text files of many kinds, most of them usable."""
+    root = tmp_path_factory.mktemp("texts")
+    for i in range(40):
+        (root / f"m{i:02}.py").write_text(f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}({i}), 'é')\n" * 5)
+    (root / "latin.py").write_bytes("x = 'é'\n".encode("latin-1"))
+    (root / "binary.txt").write_bytes(b"ab\0cd")
+    (root / "empty.py").write_text("")
+    (root / "picture.png").write_bytes(b"\x89PNG")
+    return root
+
+
+def options(folder, tmp_path, **changes) -> DataOptions:
+    values = {"source": "text", "paths": [str(folder)], "vocab_size": 300, "val_fraction": 0.3, "cache": str(tmp_path)}
+    return DataOptions(**{**values, **changes})
+
+
+def test_what_is_no_text_is_skipped_and_counted(folder, tmp_path):
+    manifest = prepare(options(folder, tmp_path)).manifest
+    assert manifest["skipped"] == {"not UTF-8": 1, "binary": 1, "empty": 1}
+    assert len(manifest["files"]) == 40
+    assert all(len(digest) == 64 for _, digest in manifest["files"])
+
+
+def test_tokens_decode_to_the_documents_and_the_split_is_by_document(folder, tmp_path):
+    corpus = prepare(options(folder, tmp_path))
+    texts = {}
+    for split in ("train", "val"):
+        ids = corpus.tokens(split)
+        assert ids.dtype == np.uint16
+        assert len(ids) == corpus.manifest["tokens"][split]
+        text = corpus.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        texts[split] = set(text.split("<|endoftext|>")) - {""}
+    assert texts["train"] | texts["val"] == {(folder / f"m{i:02}.py").read_text() for i in range(40)}
+    assert not texts["train"] & texts["val"]
+
+
+def test_a_prepared_corpus_is_found_again_and_a_changed_one_is_not(folder, tmp_path):
+    first = prepare(options(folder, tmp_path))
+    stamp = (first.folder / "train.bin").stat().st_mtime_ns
+    assert prepare(options(folder, tmp_path)).folder == first.folder
+    assert (first.folder / "train.bin").stat().st_mtime_ns == stamp
+    assert prepare(options(folder, tmp_path, vocab_size=301)).folder != first.folder
+
+
+def test_json_lines_and_parquet_give_the_same_tokens(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"code": f"value_{i} = {i}\n" * 9} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    tokens = []
+    for source, name in (("json", "rows.jsonl"), ("parquet", "rows.parquet")):
+        made = prepare(options(tmp_path / name, tmp_path / "cache", source=source, text_column="code"))
+        tokens.append(made.tokens("train").tolist())
+    assert tokens[0] == tokens[1]
+    with pytest.raises(DataError, match="data.text_column must be one of .*'code'.*, got 'text'"):
+        prepare(options(tmp_path / "rows.jsonl", tmp_path / "cache", source="json"))
+
+
+def test_a_tokenizer_file_can_be_given(folder, tmp_path):
+    first = prepare(options(folder, tmp_path))
+    again = prepare(options(folder, tmp_path, tokenizer=str(first.folder / "tokenizer.json")))
+    assert again.tokens("train").tolist() == first.tokens("train").tolist()
+
+
+def test_max_tokens_ends_reading(folder, tmp_path):
+    assert sum(prepare(options(folder, tmp_path, max_tokens=10)).manifest["tokens"].values()) >= 10
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"paths": ["/nowhere/at/all"]}, "data.paths must name files, folders or globs that exist"),
+        ({"paths": ["{folder}/empty.py"]}, "data must hold at least one readable file, got none"),
+        ({"paths": ["{folder}/m00.py"]}, "both sides of the split must hold text"),
+    ],
+)
+def test_an_unusable_corpus_is_refused_and_leaves_nothing(folder, tmp_path, changes, words):
+    changes = {"paths": [p.format(folder=folder) for p in changes["paths"]]}
+    with pytest.raises(DataError, match=words):
+        prepare(options(folder, tmp_path, **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batches_are_a_pure_function_of_seed_index_and_rank():
+    tokens = np.arange(5000, dtype=np.uint16)
+    x, y = batch(tokens, 1, 7, 0, 8, 16)
+    again, _ = batch(tokens, 1, 7, 0, 8, 16)
+    assert x.equal(again)
+    assert y.equal(x + 1), "targets are the next tokens"
+    others = [batch(tokens, *at, 8, 16)[0] for at in ((2, 7, 0), (1, 8, 0), (1, 7, 1))]
+    assert not any(x.equal(other) for other in others)
+
+
+def test_evaluation_windows_do_not_overlap_and_cover_the_end():
+    tokens = np.arange(1000, dtype=np.uint16)
+    parts = [x for x, _ in evaluation_batches(tokens, 5, 4, 32)]
+    assert [len(p) for p in parts] == [4] * 5
+    seen = [t for p in parts for t in p.flatten().tolist()]
+    assert len(seen) == len(set(seen))
+    assert max(seen) == 998
+
+
+def test_the_tokenizer_round_trips_any_text_and_follows_the_papers_pieces():
+    tokenizer = train_tokenizer(iter(["def f(x):\n    return x1234\n" * 20]), 300)
+    text = "class Ä:\n\tπ = 12345  # naïve\r\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    pieces = [p for p, _ in tokenizer.pre_tokenizer.pre_tokenize_str("f(12345):\n  x")]
+    assert pieces == ["f", "(", "123", "45", "):Ċ", "Ġ", "Ġx"]
+    assert tokenizer.token_to_id("<|endoftext|>") == 0

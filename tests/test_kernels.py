@@ -1,0 +1,83 @@
+"""Every op against its definition, on shapes that break careless code."""
+
+import pytest
+import torch
+
+from sparsetrain.kernels import cpu, ops, reference
+
+SHAPES = [((3, 7), 3), ((5, 4, 33), 8), ((2, 1), 0), ((1, 64), 63), ((7, 130), 1), ((0, 5), 2)]
+FILLS = {
+    "normal": lambda s, g: torch.randn(s, generator=g),
+    "ties": lambda s, g: torch.randn(s, generator=g).round(),
+    "zeros": lambda s, g: torch.zeros(s),
+    "equal": lambda s, g: -torch.ones(s),
+    "extreme": lambda s, g: torch.randn(s, generator=g) * 10.0 ** torch.randint(-44, 38, s, generator=g),
+}
+
+
+@pytest.mark.parametrize("shape, k", SHAPES)
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_abs_topk_equals_its_definition(shape, k, fill, dtype):
+    x = FILLS[fill](shape, torch.Generator().manual_seed(0)).to(dtype)
+    expected = reference.abs_topk(x, k)
+    assert torch.equal(ops.abs_topk(x, k), expected)
+    if x.numel():
+        assert torch.equal(cpu._abs_topk_numpy(x, k), expected), "the path without a C compiler"
+
+
+def test_abs_topk_keeps_k_by_magnitude_and_breaks_ties_by_index():
+    x = torch.tensor([[1.0, -3.0, 2.0, -3.0, 3.0]])
+    assert ops.abs_topk(x, 2).tolist() == [[0, -3, 0, -3, 0]]
+    assert ops.abs_topk(x, 4).tolist() == [[0, -3, 2, -3, 3]]
+
+
+def test_abs_topk_lets_nan_through():
+    x = torch.tensor([[1.0, torch.nan, 2.0]])
+    assert ops.abs_topk(x, 1).isnan().tolist() == [[False, True, False]]
+
+
+def test_abs_topk_gradient_passes_where_the_output_is_not_zero():
+    x = torch.randn(6, 20, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    out = ops.abs_topk(x, 5)
+    gradient = torch.randn(6, 20, generator=torch.Generator().manual_seed(1))
+    (ours,) = torch.autograd.grad(out, x, gradient)
+    (theirs,) = torch.autograd.grad(reference.abs_topk(x, 5), x, gradient)
+    assert torch.equal(ours, theirs)
+    assert (ours != 0).sum() == 30
+
+
+def test_abs_topk_reads_strided_inputs():
+    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(0)).t()
+    assert torch.equal(ops.abs_topk(x, 3), reference.abs_topk(x.contiguous(), 3))
+
+
+def test_abs_topk_survives_compile_and_opcheck():
+    x = torch.randn(4, 16, requires_grad=True)
+    torch.library.opcheck(torch.ops.sparsetrain.abs_topk.default, (x, 3))
+
+
+def test_abs_topk_refuses_a_k_out_of_range():
+    with pytest.raises(ValueError, match=r"k must be in \[0, 4\], the width of x, got 5"):
+        ops.abs_topk(torch.zeros(2, 4), 5)
+
+
+@pytest.mark.parametrize("floors", [(0, 0), (4, 0), (0, 4), (4, 4), (20, 0), (0, 1)])
+@pytest.mark.parametrize("fill", ["normal", "ties", "equal"])
+def test_project_equals_its_definition(floors, fill):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        w = FILLS[fill]((37, 53), generator)
+        assert torch.equal(ops.project_(w.clone(), 400, *floors), reference.project(w, 400, *floors))
+
+
+def test_project_fills_the_floors_out_of_the_same_budget():
+    w = torch.tensor([[9.0, 8.0, 7.0, 6.0], [0.1, 0.2, 0.3, 0.4]])
+    assert ops.project_(w.clone(), 4, min_per_row=1).tolist() == [[9, 8, 7, 0], [0, 0, 0, pytest.approx(0.4)]]
+    columns = ops.project_(w.clone(), 4, min_per_column=1)
+    assert columns.tolist() == [[9, 8, 7, 6], [0, 0, 0, 0]]
+
+
+def test_project_works_in_float64_through_the_reference():
+    w = torch.randn(9, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert int((ops.project_(w, 30, 2) != 0).sum()) == 30
