@@ -116,11 +116,11 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Adam) -> dict[str, Any]:
-    """Restore model and optimiser from a checkpoint folder; returns its state.
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint, after checking that its files are as they were written.
 
     Raises:
-        CheckpointError: a file is missing, damaged or does not fit.
+        CheckpointError: a file is missing or damaged.
     """
     try:
         state = json.loads((folder / "state.json").read_text())
@@ -130,11 +130,19 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Ada
     for name, expected in hashes.items():
         if not (folder / name).exists() or file_hash(folder / name) != expected:
             raise CheckpointError(f"{folder / name} is missing, truncated or changed; {_remedy(folder)}")
+    return state
+
+
+def restore(folder: Path, model: Transformer, optimizer: torch.optim.Adam) -> None:
+    """Copy weights and moments of a checkpoint into a model and its optimiser.
+
+    Raises:
+        CheckpointError: they do not fit.
+    """
     fill(model, load_sparse(folder / "model.safetensors"), folder)
     moments = load_sparse(folder / "optimizer.safetensors")
     for name, p in model.named_parameters():
         optimizer.state[p] = {key: moments[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
-    return state
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

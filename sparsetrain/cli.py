@@ -113,16 +113,19 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _tasks(options: argparse.Namespace) -> None:
     from sparsetrain.pruning.prune import score_tasks
+    from sparsetrain.train import pick_device
 
-    print(f"{'task':28} {'loss':>7} {'accuracy':>9}   (chance: loss 0.693, accuracy 50 %)")
-    for score in score_tasks(options.run, options.pairs):
+    print(f"{'task':28} {'loss':>6} {'accuracy':>9} {'calibrated':>11} {'pairs told apart':>17}")
+    for score in score_tasks(options.run, options.pairs, pick_device("auto")):
         if score.loss is None:
             print(f"{score.name:28} not possible with this tokenizer: {score.reason}")
         else:
-            print(f"{score.name:28} {score.loss:7.3f} {score.accuracy:9.1%}")
+            numbers = f"{score.loss:6.3f} {score.accuracy:9.1%} {score.calibrated_loss:11.3f}"
+            print(f"{score.name:28} {numbers} {score.pair_accuracy:17.1%}")
         if options.examples:
             for prompt, answer in score.examples:
                 print(f"    {prompt!r} -> {answer!r}")
+    print("chance: loss 0.693, 50 %. Prune what has a low calibrated loss: see `sparsetrain prune --help`.")
 
 
 def _prune(options: argparse.Namespace) -> None:

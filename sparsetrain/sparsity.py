@@ -101,4 +101,4 @@ def _anneal(options: SparsityOptions, target: float, progress: float) -> float:
     window = options.anneal_stop - options.anneal_start
     done = (progress - options.anneal_start) / window if window else float(progress >= options.anneal_stop)
     done = min(1.0, max(0.0, done))
-    return target**done if options.anneal == "exponential" else 1 + done * (target - 1)
+    return target**done if options.anneal == "exponential" else 1 - done + done * target

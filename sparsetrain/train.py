@@ -176,12 +176,13 @@ def _start(config: RunConfig) -> Training:
     run = Training(config, corpus, model, build_adam(model, config.optim), device)
     run.tensors = sparsity.projected(model, config.sparsity)
     if newest:
-        state = checkpoint.load_checkpoint(newest, model, run.optimizer)
+        state = checkpoint.read_state(newest)
         if state["corpus"] != corpus.manifest["fingerprint"]:
             raise checkpoint.CheckpointError(
                 f"{newest} was trained on another corpus or tokenizer ({state['corpus'][:12]}) than the one prepared "
                 f"now ({corpus.manifest['fingerprint'][:12]}); bring back its files or choose another run.name"
             )
+        checkpoint.restore(newest, model, run.optimizer)
         run.step, run.seconds = state["step"], state["seconds"]
         log.info("resuming %s at step %d", run_dir, run.step)
     _describe(run_dir, run)
@@ -295,9 +296,29 @@ def _loss(run: Training, forward, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _save(run: Training) -> None:
+    _refuse_broken(run)
     state = {"step": run.step, "seconds": run.seconds, "corpus": run.corpus.manifest["fingerprint"]}
     checkpoint.save_checkpoint(
         run.config.run_dir, run.model, run.optimizer, state, run.config.train.keep_checkpoints
+    )
+
+
+@torch.no_grad()
+def _refuse_broken(run: Training) -> None:
+    """A checkpoint must not replace a good one if training cannot go on from it: look at the next step's loss."""
+    c = run.config
+    tokens = run.corpus.tokens("train")
+    x, y = batch(tokens, c.run.seed, run.step, 0, c.train.batch_size // c.train.accumulate, c.model.n_ctx)
+    loss = _loss(run, run.model, x.to(run.device), y.to(run.device)).item()
+    if not math.isfinite(loss) or not all(bool(p.isfinite().all()) for p in run.model.parameters()):
+        raise TrainingError(_not_finite(run, loss, run.step + 1))
+
+
+def _not_finite(run: Training, loss: float, step: int) -> str:
+    kept = checkpoint.latest_checkpoint(run.config.run_dir)
+    return (
+        f"the loss became {loss} at step {step}; the last good state is {kept or 'the beginning'}; "
+        "try a lower optim.lr"
     )
 
 
@@ -379,11 +400,7 @@ class _Recorder:
         for step, loss in self.losses:
             self.last_loss = loss.item()
             if not math.isfinite(self.last_loss):
-                kept = checkpoint.latest_checkpoint(self.run.config.run_dir)
-                raise TrainingError(
-                    f"the loss became {self.last_loss} at step {step}; "
-                    f"the last good state is {kept or 'the beginning'}; try a lower optim.lr"
-                )
+                raise TrainingError(_not_finite(self.run, self.last_loss, step))
         self.losses.clear()
 
     def step(self, rms: Tensor, tokens_per_second: float) -> None:

@@ -108,7 +108,9 @@ def mask_edits(masks: NodeSet, ablation: Ablation, places: Tensor) -> dict[str, 
 
 def draw_places(ablation: Ablation, tokens: Tensor, generator: torch.Generator) -> Tensor:
     """Which rows of the bank replace each token of (B, T); zeros where the ablation has no bank."""
-    n = len(ablation.values["final_resid"]) if ablation.kind == "resample" else 1
+    if ablation.kind != "resample":
+        return torch.zeros_like(tokens)
+    n = len(ablation.values["final_resid"])
     return torch.randint(n, tokens.shape, generator=generator).to(tokens.device)
 
 

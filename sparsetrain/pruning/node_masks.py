@@ -86,7 +86,8 @@ def top_nodes(tau: dict[str, Tensor], n: int, tie_qk: bool) -> NodeSet:
     if tie_qk:
         for site in nodes:
             if site.endswith(".q"):
-                nodes[site] = nodes[site[:-1] + "k"] = nodes[site] | nodes[site[:-1] + "k"]
+                nodes[site] = nodes[site] | nodes[site[:-1] + "k"]
+                nodes[site[:-1] + "k"] = nodes[site].clone()
     return nodes
 
 

@@ -66,11 +66,20 @@ class Unreached:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A full model's loss and accuracy on a task; None, and the reason, where its tokenizer cannot express it."""
+    """How a full model does a task; `loss` is None, with the reason, where its tokenizer cannot express it.
+
+    Attributes:
+        loss, accuracy: on held-out prompts, from the logits as they are.
+        calibrated_loss: with a scale and shift fitted on training prompts, as for circuits.
+        pair_accuracy: share of pairs whose positive answer is likelier after the positive prompt than after the
+            negative one; it shows that a model tells the two apart even where it prefers one answer throughout.
+    """
 
     name: str
     loss: float | None
-    accuracy: float | None
+    accuracy: float = 0.0
+    calibrated_loss: float = 0.0
+    pair_accuracy: float = 0.0
     examples: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     reason: str = ""
 
@@ -104,7 +113,7 @@ def prune(
     ablation = build_ablation(model, config.ablation, corpus_tokens(run_config, config.reference_tokens), train)
     cut, used = find(model, train, ablation, config, method)
     folder = run / "circuits" / chosen.name / method
-    full_loss = full_model_score(model, heldout)[0]
+    full_loss = task_score(full_model_logits(model, heldout), heldout)[0]
     if not cut.reached:
         answer = Unreached(chosen.name, cut.loss, config.target_loss, full_loss, _why(cut, full_loss, config))
         with checkpoint.whole_folder(folder) as unfinished:
@@ -120,6 +129,7 @@ def prune(
         {"prune": dataclasses.asdict(used), "run": run.name},
     )  # fmt: skip
     save_circuit(folder, circuit)
+    _summarise(run, circuit)
     return circuit
 
 
@@ -201,8 +211,7 @@ def measure(
         deviation over `random_sets`; random_circuit_loss: such sets alone, calibrated. full_model_loss and accuracy.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    everything = full(model)
-    full_logits = all_answer_logits(model, heldout, everything, ablation)
+    full_logits = full_model_logits(model, heldout)
     alone = all_answer_logits(model, heldout, cut.nodes, ablation)
     without = all_answer_logits(model, heldout, complement(cut.nodes), ablation)
     randoms = [random_like(cut.nodes, generator) for _ in range(config.random_sets)]
@@ -236,11 +245,9 @@ def measure(
     }
 
 
-@torch.no_grad()
-def full_model_score(model: Transformer, data: TaskData) -> tuple[float, float]:
-    """Task loss and accuracy of the whole model, uncalibrated."""
-    nothing = Ablation("zero", {"final_resid": torch.zeros(1)})
-    return task_score(all_answer_logits(model, data, full(model), nothing), data)
+def full_model_logits(model: Transformer, data: TaskData) -> Tensor:
+    """Logits (N, V) after each prompt of the whole model."""
+    return all_answer_logits(model, data, full(model), Ablation("zero", {}))
 
 
 def score_tasks(
@@ -250,12 +257,21 @@ def score_tasks(
     model, tokenizer, config = checkpoint.load_model(run, device)
     for name in names or TASKS:
         try:
-            data = encode_task(load_task(name), tokenizer, n_pairs, "heldout", 0, config.model.n_ctx).to(device)
+            train, heldout = (
+                encode_task(load_task(name), tokenizer, n_pairs, split, 0, config.model.n_ctx).to(device)
+                for split in ("train", "heldout")
+            )
         except TaskError as error:
-            yield TaskScore(name, None, None, reason=str(error))
-        else:
-            examples = [(p, tokenizer.decode([int(t)])) for p, t in zip(data.prompts[:2], data.correct, strict=False)]
-            yield TaskScore(name, *full_model_score(model, data), examples)
+            yield TaskScore(name, None, reason=str(error))
+            continue
+        examples = [(p, tokenizer.decode([int(t)])) for p, t in zip(heldout.prompts[:2], heldout.correct, strict=False)]
+        logits = full_model_logits(model, heldout)
+        calibration = calibrate(full_model_logits(model, train), train)
+        pairs = Calibration()(logits, heldout).view(-1, 2).sum(1)  # the shift between the two answers cancels out
+        yield TaskScore(
+            name, *task_score(logits, heldout), task_score(logits, heldout, calibration)[0],
+            (pairs > 0).float().mean().item(), examples,
+        )  # fmt: skip
 
 
 def corpus_tokens(config: RunConfig, n_tokens: int) -> list[Tensor]:
@@ -263,6 +279,14 @@ def corpus_tokens(config: RunConfig, n_tokens: int) -> list[Tensor]:
     n_windows = max(1, n_tokens // config.model.n_ctx)
     tokens = prepare(config.data).tokens("train")
     return [x for x, _ in evaluation_batches(tokens, -(-n_windows // 32), 32, config.model.n_ctx)]
+
+
+def _summarise(run: Path, circuit: Circuit) -> None:
+    """Name the newest circuit and its main numbers in the run's summary."""
+    file = run / "summary.json"
+    summary = json.loads(file.read_text()) if file.exists() else {}
+    summary["circuit"] = {"task": circuit.task, **circuit.measures}
+    checkpoint.write_json(file, summary)
 
 
 def _score(model: Transformer, data: TaskData, ablation: Ablation, nodes: NodeSet, config: PruneConfig) -> Cut:
@@ -304,7 +328,7 @@ def _nonsense(
         "task_accuracy": accuracy,
         "n_nodes": n_nodes(cut.nodes),
         "n_edges": n_edges(model, cut.nodes),
-        "full_model_loss": full_model_score(model, heldout)[0],
+        "full_model_loss": task_score(full_model_logits(model, heldout), heldout)[0],
     }
 
 

@@ -1,0 +1,53 @@
+"""The command line as its user meets it."""
+
+import pytest
+
+from sparsetrain.cli import main
+from sparsetrain.config import RunConfig, known_keys
+
+
+def test_print_config_resolves_files_and_overrides(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("optim:\n  lr: 0.5\n")
+    assert main(["train", str(tmp_path / "c.yaml"), "model.d_model=64", "--print-config"]) == 0
+    out = capsys.readouterr().out
+    assert "lr: 0.5" in out
+    assert "d_model: 64" in out
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert all(f"{key}=" in out for key, _ in known_keys(RunConfig))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "model.d_modle=3"], "did you mean model.d_model?"),
+        (["train", "nowhere.yaml"], "cannot read the config nowhere.yaml"),
+        (["tasks", "nowhere"], "must be a run directory with a model or a checkpoint"),
+        (["prune", "nowhere", "--task", "for_while"], "must be a run directory with a model or a checkpoint"),
+        (["prune", "nowhere", "--task", "for_while", "step=3"], "did you mean steps?"),
+        (["page", "nowhere", "--task", "for_while"], "nowhere"),
+    ],
+)
+def test_errors_are_one_message_and_a_status(arguments, words, capsys):
+    assert main(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_tasks_prints_every_task_with_examples(tiny_run, capsys):
+    assert main(["tasks", str(tiny_run), "--pairs", "4", "--examples"]) == 0
+    out = capsys.readouterr().out
+    assert "for_while" in out
+    assert "->" in out
+    assert "chance: loss 0.693" in out
+
+
+def test_prepare_says_where_and_how_much(tiny, capsys):
+    assert main(["prepare", *tiny]) == 0
+    assert "'train':" in capsys.readouterr().out

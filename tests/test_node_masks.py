@@ -1,0 +1,140 @@
+"""Learnt masks and the cut, on a model whose circuit is known by construction."""
+
+import pytest
+import torch
+
+from sparsetrain.config import PruneConfig, RunConfig, load_config
+from sparsetrain.model import Transformer
+from sparsetrain.pruning import evaluate, graph, node_masks
+from sparsetrain.pruning.evaluate import Ablation
+from sparsetrain.pruning.prune import bisect, find
+from sparsetrain.tasks import TaskData
+
+OFF = [f"model.abs_topk.{s}=1" for s in ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")]
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    """Token 1 asks for 3 and token 2 for 4, through mlp_in:0 -> either of two neurons -> mlp_out:1; the rest is noise."""
+    options = load_config(
+        RunConfig,
+        ["model.n_layers=1", "model.d_model=8", "model.d_head=4", "model.mlp_ratio=1", "model.n_ctx=8",
+         "model.activation=relu", "model.bigram=false", "model.sink=false", "sparsity.density=1", *OFF],
+    ).model  # fmt: skip
+    g = torch.Generator().manual_seed(0)
+    model = Transformer(options, 9)
+    block = model.blocks[0]
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.copy_(0.05 * torch.randn(p.shape, generator=g))
+        model.embed.weight[:, :2] = 0
+        model.embed.weight[:, 2:] = 0.3 * torch.randn(9, 6, generator=g)
+        # Else the noise alone tells the two tokens apart, and the search finds that (it did: one node, through the
+        # scale of the last norm).
+        model.embed.weight[2] = model.embed.weight[1]
+        model.embed.weight[1, 0], model.embed.weight[2, 0] = 1, -1
+        block.attn.out.weight[:2] = 0
+        block.mlp.up.weight[:2] = 0
+        block.mlp.up.weight[0, 0], block.mlp.up.weight[1, 0] = 3, -3
+        block.mlp.out.weight[:2] = 0
+        block.mlp.out.weight[1, 0], block.mlp.out.weight[1, 1] = 3, -3
+        model.unembed.weight[3, :], model.unembed.weight[4, :] = 0, 0
+        model.unembed.weight[3, 1], model.unembed.weight[4, 1] = 3, -3
+    return model
+
+
+@pytest.fixture(scope="module")
+def data() -> TaskData:
+    g = torch.Generator().manual_seed(1)
+    tokens = torch.randint(5, 9, (64, 5), generator=g)
+    last = torch.randint(1, 5, (32,), generator=g).repeat_interleave(2)
+    rows = torch.arange(64)
+    positive = rows % 2 == 0
+    tokens[rows, last] = torch.where(positive, 1, 2)
+    correct = torch.where(positive, 3, 4)
+    return TaskData("made", tokens, last, correct, 7 - correct, torch.full((64,), 3), tuple(map(str, range(64))))
+
+
+@pytest.fixture(scope="module")
+def ablation(model) -> Ablation:
+    g = torch.Generator().manual_seed(2)
+    return evaluate.build_ablation(model, "mean_data", [torch.randint(9, (32, 8), generator=g) for _ in range(4)])
+
+
+def named(nodes) -> set[str]:
+    return {f"{s.removeprefix('blocks.0.')}:{c}" for s, m in nodes.items() for c in m.nonzero().flatten().tolist()}
+
+
+def test_the_known_circuit_is_found(model, data, ablation):
+    config = load_config(PruneConfig, ["steps=150", "batch_pairs=16", "lr=0.01", "count_penalty=1e-3"])
+    cut, _ = find(model, data, ablation, config)
+    assert cut.reached
+    assert cut.loss <= 0.15
+    assert named(cut.nodes) in (
+        {"mlp_in:0", "mlp_act:0", "mlp_out:1", "final_resid:1"},
+        {"mlp_in:0", "mlp_act:1", "mlp_out:1", "final_resid:1"},
+    )
+    assert graph.n_edges(model, cut.nodes) == 2, "the simplest MLP circuit (Gao et al. 2025, footnote 3)"
+
+
+def test_a_search_is_deterministic_and_finds_no_larger_circuit(model, data, ablation):
+    pytest.importorskip("optuna")
+    config = load_config(PruneConfig, ["steps=30", "batch_pairs=8", "search_trials=3"])
+    (first, used), (second, again) = (find(model, data, ablation, config) for _ in range(2))
+    assert named(first.nodes) == named(second.nodes)
+    assert used == again
+    plain, _ = find(model, data, ablation, load_config(PruneConfig, ["steps=30", "batch_pairs=8"]))
+    assert graph.n_edges(model, first.nodes) <= graph.n_edges(model, plain.nodes)
+
+
+def test_the_model_is_left_as_it_was(model, data, ablation):
+    before = [p.clone() for p in model.parameters()]
+    node_masks.rank_nodes(model, data, ablation, load_config(PruneConfig, ["steps=3"]))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_an_impossible_target_is_reported_with_the_best_loss(model, data, ablation):
+    config = load_config(PruneConfig, ["steps=20", "target_loss=0"])
+    cut, _ = find(model, data, ablation, config)
+    assert not cut.reached
+    assert cut.loss < 0.15
+
+
+def test_the_cut_is_where_the_target_is_just_reached(model, data, ablation):
+    config = load_config(PruneConfig, ["steps=150", "lr=0.01", "count_penalty=1e-3"])
+    tau = node_masks.rank_nodes(model, data, ablation, config)
+    cut = bisect(model, data, ablation, tau, config)
+    n = graph.n_nodes(cut.nodes)
+    assert cut.reached
+    fewer = node_masks.top_nodes(tau, n - 1, True)
+    logits = evaluate.all_answer_logits(model, data, fewer, ablation)
+    loss = evaluate.task_score(logits, data, evaluate.calibrate(logits, data))[0]
+    assert graph.n_nodes(fewer) == n or loss > config.target_loss
+
+
+def test_step_function_is_a_step_with_a_sigmoids_slope():
+    tau = torch.tensor([-0.5, 0.0, 0.5], requires_grad=True)
+    gate = node_masks.StepFunction.apply(tau, 2.0)
+    assert gate.tolist() == [0, 1, 1]
+    gate.sum().backward()
+    s = torch.sigmoid(tau.detach() / 2)
+    torch.testing.assert_close(tau.grad, s * (1 - s) / 2)
+
+
+def test_tied_channels_are_kept_together():
+    tau = {"blocks.0.attn_in": torch.tensor([0.5, -1.0]), "blocks.0.q": torch.tensor([0.2, 0.4]),
+           "blocks.0.k": torch.tensor([0.2, 0.4])}  # fmt: skip
+    nodes = node_masks.top_nodes(tau, 2, tie_qk=True)
+    assert named(nodes) == {"attn_in:0", "q:1", "k:1"}
+    assert named(node_masks.top_nodes(tau, 2, tie_qk=False)) == {"attn_in:0", "q:1"}
+
+
+def test_a_greater_penalty_keeps_fewer_nodes(model, data, ablation):
+    kept = []
+    for penalty in ("0", "1e-2"):
+        config = load_config(PruneConfig, ["steps=60", f"count_penalty={penalty}"])
+        tau = node_masks.rank_nodes(model, data, ablation, config)
+        kept.append(sum(int((t >= 0).sum()) for t in tau.values()))
+    assert kept[1] < kept[0]
