@@ -112,6 +112,9 @@ def _cache_folder() -> Path:
 def _fingerprint(compiler: str) -> str:
     """Of the source and the processor: a home folder may be shared by machines of several kinds."""
     cpuinfo = Path("/proc/cpuinfo")
-    flags = next((s for s in cpuinfo.read_text().splitlines() if s.startswith(("flags", "Features"))), "") \
-        if cpuinfo.exists() else platform.processor()
+    flags = (
+        next((s for s in cpuinfo.read_text().splitlines() if s.startswith(("flags", "Features"))), "")
+        if cpuinfo.exists()
+        else platform.processor()
+    )
     return hashlib.sha256(SOURCE.read_bytes() + flags.encode() + compiler.encode()).hexdigest()[:16]

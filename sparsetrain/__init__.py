@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsetrain.checkpoint import load_model as load
+    from sparsetrain.checkpoint import load
     from sparsetrain.config import PruneConfig, RunConfig, load_config
     from sparsetrain.pruning.circuit import load_circuit
     from sparsetrain.pruning.prune import prune
     from sparsetrain.train import train
 
 _PUBLIC = {
-    "load": ("sparsetrain.checkpoint", "load_model"),
+    "load": ("sparsetrain.checkpoint", "load"),
     "load_config": ("sparsetrain.config", "load_config"),
     "RunConfig": ("sparsetrain.config", "RunConfig"),
     "PruneConfig": ("sparsetrain.config", "PruneConfig"),
@@ -18,7 +18,7 @@ _PUBLIC = {
     "prune": ("sparsetrain.pruning.prune", "prune"),
     "load_circuit": ("sparsetrain.pruning.circuit", "load_circuit"),
 }
-__all__ = list(_PUBLIC)
+__all__ = ["PruneConfig", "RunConfig", "load", "load_circuit", "load_config", "prune", "train"]
 
 
 def __getattr__(name: str):

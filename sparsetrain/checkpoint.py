@@ -1,13 +1,15 @@
 """Run directories and checkpoints: sparse safetensors, written whole or not at all, never a pickle.
 
-    runs/<name>/
-      config.yaml  environment.json  tokenizer.json
-      checkpoints/step_00000500/{model.safetensors, optimizer.safetensors, state.json}
-      model/{model.safetensors, config.yaml, tokenizer.json}      the finished model
-      metrics.jsonl  tensorboard/  summary.json  circuits/
+runs/<name>/
+  config.yaml  environment.json  tokenizer.json
+  checkpoints/step_00000500/{model.safetensors, optimizer.safetensors, state.json}
+  model/{model.safetensors, config.yaml, tokenizer.json}      the finished model
+  metrics.jsonl  tensorboard/  summary.json  circuits/
 """
 
+import dataclasses
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,11 +21,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparsetrain.config import RunConfig, load_config
-from sparsetrain.data import file_hash
+from sparsetrain.data import Corpus, file_hash, prepare
 from sparsetrain.model import Transformer
+
+log = logging.getLogger(__name__)
 
 FORMAT = "sparsetrain-1"
 
@@ -32,8 +37,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint or run directory that cannot be read, does not fit, or could not be written."""
 
 
-def save_sparse(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_sparse(path: Path, tensors: Mapping[str, Tensor], **notes: str) -> None:
     """Write tensors to a safetensors file; those that are mostly zero as `name.values` and `name.indices` (int32).
+
+    `notes` go into the file's metadata, where `read_notes` finds them.
 
     Raises:
         CheckpointError: the file could not be written whole (e.g. a full disk); nothing is left at `path`.
@@ -48,7 +55,7 @@ def save_sparse(path: Path, tensors: Mapping[str, Tensor]) -> None:
             shapes[name] = list(tensor.shape)
         else:
             stored[name] = tensor
-    metadata = {"format": FORMAT, "sparse_shapes": json.dumps(shapes)}
+    metadata = {"format": FORMAT, "sparse_shapes": json.dumps(shapes), **notes}
     try:
         save_file(stored, path, metadata)
     except (OSError, SafetensorError) as error:
@@ -62,20 +69,31 @@ def load_sparse(path: Path, device: str | torch.device = "cpu") -> dict[str, Ten
     Raises:
         CheckpointError: the file is missing, truncated, or not one of ours.
     """
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} must be a readable safetensors file, got: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} must have been written by sparsetrain, got {metadata or 'no metadata'}")
-    for name, shape in json.loads(metadata["sparse_shapes"]).items():
+    notes = read_notes(path)
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, shape in json.loads(notes["sparse_shapes"]).items():
         values, indices = stored.pop(f"{name}.values"), stored.pop(f"{name}.indices")
         dense = torch.zeros(shape, dtype=values.dtype, device=values.device)
         dense.view(-1)[indices.long()] = values
         stored[name] = dense
     return stored
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """The metadata of a file that `save_sparse` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} must be a readable safetensors file, got: {error}") from None
+    if notes.get("format") != FORMAT:
+        raise CheckpointError(f"{path} must have been written by sparsetrain, got {notes or 'no metadata'}")
+    return notes
 
 
 def fill(model: Transformer, tensors: Mapping[str, Tensor], source: Path) -> None:
@@ -107,7 +125,7 @@ def save_checkpoint(
     """
     target = run_dir / "checkpoints" / f"step_{state['step']:08d}"
     with whole_folder(target) as folder:
-        save_sparse(folder / "model.safetensors", model.state_dict())
+        save_sparse(folder / "model.safetensors", model.state_dict(), tokenizer=file_hash(run_dir / "tokenizer.json"))
         save_sparse(folder / "optimizer.safetensors", _moments(model, optimizer))
         hashes = {f.name: file_hash(f) for f in sorted(folder.glob("*.safetensors"))}
         (folder / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
@@ -155,13 +173,18 @@ def export_model(run_dir: Path, model: Transformer, config_yaml: str) -> Path:
     """Write `model/`, which holds all that loading the finished model takes."""
     target = run_dir / "model"
     with whole_folder(target) as folder:
-        save_sparse(folder / "model.safetensors", model.state_dict())
+        save_sparse(folder / "model.safetensors", model.state_dict(), tokenizer=file_hash(run_dir / "tokenizer.json"))
         (folder / "config.yaml").write_text(config_yaml)
         shutil.copy(run_dir / "tokenizer.json", folder / "tokenizer.json")
     return target
 
 
-def load_model(run: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, Any, RunConfig]:
+def load(run: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
+    """Load a run's model and its tokenizer; see `load_run`."""
+    return load_run(run, device)[:2]
+
+
+def load_run(run: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer, RunConfig]:
     """Load a run's model (the finished one, or else its newest checkpoint), tokenizer and config.
 
     Args:
@@ -169,10 +192,8 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> tuple[Tra
         device: where the weights go.
 
     Raises:
-        CheckpointError: it is no run directory, holds no model yet, or is damaged.
+        CheckpointError: it is no run directory, holds no model yet, is damaged, or its tokenizer was exchanged.
     """
-    from tokenizers import Tokenizer
-
     run = Path(run)
     root = run / "model" if (run / "model").is_dir() else run
     weights = root / "model.safetensors"
@@ -184,11 +205,27 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> tuple[Tra
     for name in ("config.yaml", "tokenizer.json"):
         if not (root / name).exists():
             raise CheckpointError(f"{root / name} is missing; a model is loaded with its config and tokenizer")
+    if read_notes(weights)["tokenizer"] != file_hash(root / "tokenizer.json"):
+        raise CheckpointError(f"{root}/tokenizer.json is not the one {weights} was trained with; bring it back")
     config = load_config(RunConfig, [str(root / "config.yaml")])
     tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
     model = Transformer(config.model, tokenizer.get_vocab_size()).to(device)
     fill(model, load_sparse(weights, device), weights)
     return model.eval(), tokenizer, config
+
+
+def run_corpus(run: str | Path, config: RunConfig) -> Corpus:
+    """The corpus a run was trained on, in that run's tokens.
+
+    Where its files have changed since (another machine's standard library, say), what is there now is read with the
+    run's own tokenizer, and a warning says so.
+    """
+    corpus = prepare(config.data)
+    tokenizer = Path(run) / "tokenizer.json"
+    if corpus.manifest["tokenizer_sha256"] == file_hash(tokenizer):
+        return corpus
+    log.warning("the corpus here is not the one %s was trained on; reading what is here with its tokenizer", run)
+    return prepare(dataclasses.replace(config.data, tokenizer=str(tokenizer)))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -228,11 +265,7 @@ def _checkpoints(run_dir: Path) -> list[Path]:
 
 
 def _moments(model: Transformer, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, p in model.named_parameters()
-        for key, value in optimizer.state[p].items()
-    }
+    return {f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
 
 
 def _remedy(folder: Path) -> str:

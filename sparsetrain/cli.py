@@ -2,10 +2,8 @@
 
 import argparse
 import logging
-
 import sys
 from pathlib import Path
-
 
 from sparsetrain.config import (
     ConfigError,
@@ -39,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("sparsetrain", description="Train weight-sparse transformers and read their circuits.")
+    parser = argparse.ArgumentParser(
+        "sparsetrain", description="Train weight-sparse transformers and read their circuits."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command, summary: str, keys: type | None = None) -> argparse.ArgumentParser:
@@ -139,7 +139,9 @@ def _prune(options: argparse.Namespace) -> None:
 
     found = prune(options.run, options.task, config, options.method, pick_device("auto"))
     if isinstance(found, Unreached):
-        print(f"no circuit of {found.task} reaches {found.target_loss}; the best had {found.best_loss:.3f}: {found.why}")
+        print(
+            f"no circuit of {found.task} reaches {found.target_loss}; the best had {found.best_loss:.3f}: {found.why}"
+        )
         return
     folder = Path(options.run) / "circuits" / found.task / found.method
     print(_measures_table(found))

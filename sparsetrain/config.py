@@ -152,8 +152,7 @@ class RunConfig:
             found.append(f"model.d_model must be a multiple of model.d_head = {m.d_head}, got {m.d_model}")
         if s.anneal_stop < s.anneal_start:
             found.append(
-                f"sparsity.anneal_stop must be at least sparsity.anneal_start = {s.anneal_start}, "
-                f"got {s.anneal_stop}"
+                f"sparsity.anneal_stop must be at least sparsity.anneal_start = {s.anneal_start}, got {s.anneal_stop}"
             )
         if s.density == 0 or s.embedding_density == 0:
             found.append("sparsity.density and sparsity.embedding_density must be above 0, got 0")

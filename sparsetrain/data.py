@@ -34,9 +34,7 @@ log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 # The pre-tokenizer of the paper's released tokenizer (openai/circuit_sparsity, tinypython_2k).
-PRE_TOKENIZER = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PRE_TOKENIZER = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SUFFIXES = {"text": (".txt", ".md", ".py", ".rst"), "json": (".json", ".jsonl"), "parquet": (".parquet",)}
 NOT_OURS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 CHUNK = 256  # documents encoded at a time
@@ -111,9 +109,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def batch(
-    tokens: np.ndarray, seed: int, index: int, rank: int, batch_size: int, n_ctx: int
-) -> tuple[Tensor, Tensor]:
+def batch(tokens: np.ndarray, seed: int, index: int, rank: int, batch_size: int, n_ctx: int) -> tuple[Tensor, Tensor]:
     """Batch `index` of a run: inputs and targets, both (batch_size, n_ctx) int64; windows drawn uniformly."""
     starts = np.random.default_rng((seed, rank, index)).integers(0, len(tokens) - n_ctx, batch_size)
     return _windows(tokens, starts, n_ctx)
@@ -249,7 +245,8 @@ def _write_corpus(
             "files": files,
         }
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        os.rename(unfinished, folder)
+        if not folder.exists():  # another process may have been faster
+            os.rename(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     log.info("prepared %s: %s tokens", folder, counts)

@@ -47,9 +47,7 @@ def projected(model: Transformer, options: SparsityOptions) -> list[Projected]:
             for name in maps:
                 linear, rows = getattr(getattr(block, part), name), name != "out"
                 where = f"blocks.{l}.{part}.{name}"
-                found.append(
-                    Projected(f"{where}.weight", linear.weight, "block", j if rows else 0, 0 if rows else j)
-                )
+                found.append(Projected(f"{where}.weight", linear.weight, "block", j if rows else 0, 0 if rows else j))
                 if options.biases == "sparse" and linear.bias is not None:
                     found.append(Projected(f"{where}.bias", linear.bias, "bias"))
     return found

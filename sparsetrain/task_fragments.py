@@ -22,9 +22,7 @@ NAMES = words(
     "callback event queue lock thread process request response filename directory pattern match group "
     "result obj cls func context config string number other x y a b n"
 )
-ITEMS = words(
-    "item line key name value field arg entry word node file token path row match option child part x"
-)
+ITEMS = words("item line key name value field arg entry word node file token path row match option child part x")
 COLLECTIONS = words(
     "items lines keys names values fields args entries words nodes files tokens paths rows matches "
     "options children parts data results"

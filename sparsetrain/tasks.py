@@ -115,9 +115,7 @@ def load_task(name_or_path: str) -> Task:
     return _file_task(path)
 
 
-def encode_task(
-    task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, seed: int, n_ctx: int
-) -> TaskData:
+def encode_task(task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, seed: int, n_ctx: int) -> TaskData:
     """Draw pairs of one split and encode them, leaving out repeats and pairs that do not suit the tokenizer.
 
     Args:
@@ -238,9 +236,7 @@ def _texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode([token]) for token in ids]
 
 
-def _check_number(
-    task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, found: int, refused: list[str]
-) -> None:
+def _check_number(task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, found: int, refused: list[str]) -> None:
     """Raise if there are too few pairs; warn if a file has fewer than asked for or some of no use."""
     reason = f"; {len(refused)} were refused, the first because {refused[0]}" if refused else ""
     fewest = min(n_pairs, FEWEST_PAIRS) if task.from_file else n_pairs
@@ -346,18 +342,14 @@ def _read_pair(line: str, where: str) -> Pair:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise TaskError(
-            f"{where} must be a JSON object on one line, got {line[:40]!r} ({error}); {FORMAT}"
-        ) from error
+        raise TaskError(f"{where} must be a JSON object on one line, got {line[:40]!r} ({error}); {FORMAT}") from error
     if not isinstance(row, dict):
         raise TaskError(f"{where} must be a JSON object, got {line[:40]!r}; {FORMAT}")
     problems = [f"no {key}" for key in KEYS if key not in row]
     problems += [f"an unknown key {key}" for key in row if key not in KEYS]
     problems += [f"{key} {text!r}" for key, text in row.items() if not (isinstance(text, str) and text)]
     if problems:
-        raise TaskError(
-            f"{where} must hold four texts that are not empty, got {', '.join(problems)}; {FORMAT}"
-        )
+        raise TaskError(f"{where} must hold four texts that are not empty, got {', '.join(problems)}; {FORMAT}")
     pair = Pair(**row)
     if pair.positive == pair.negative or pair.positive_answer == pair.negative_answer:
         raise TaskError(f"{where} must hold two prompts and two answers that differ, got the same text twice")

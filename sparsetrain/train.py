@@ -6,10 +6,8 @@ The method, with its numbered invariants, is in docs/method.md.
 import json
 import logging
 import math
-import os
 import platform
 import signal
-import statistics
 import subprocess
 import threading
 import time
@@ -30,6 +28,8 @@ from sparsetrain.config import ConfigError, RunConfig, config_to_dict, config_to
 from sparsetrain.data import Corpus, batch, evaluation_batches, prepare
 from sparsetrain.model import Transformer
 from sparsetrain.optim import build_adam, decay_, learning_rate, scale_gradients_
+from sparsetrain.record import Recorder
+from sparsetrain.threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ class Training:
     optimizer: torch.optim.Adam
     device: torch.device
     step: int = 0  # steps done
-    seconds: float = 0.0  # spent in steps, over all sessions
+    seconds: float = 0.0  # spent in steps, from the first one on
+    val_loss: float | None = None  # at the last evaluation
     tensors: list[sparsity.Projected] = field(default_factory=list)
 
 
@@ -70,7 +71,7 @@ def train(config: RunConfig) -> Path:
         config: the resolved config of the run.
 
     Returns:
-        The run directory, with `model/` and `summary.json` in it.
+        The run directory, with `model/` and `summary.json` in it. A run that is done is left as it is.
 
     Raises:
         ConfigError: the run directory holds a run with another config (every difference is listed).
@@ -82,7 +83,9 @@ def train(config: RunConfig) -> Path:
     run = _start(config)
     if run.step < config.train.steps:
         _loop(run)
-    return _finish(run)
+    if not (config.run_dir / "model").is_dir() or run.val_loss is not None:
+        _finish(run)
+    return config.run_dir
 
 
 def train_step(run: Training, forward, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,9 +96,7 @@ def train_step(run: Training, forward, inputs: Tensor, targets: Tensor) -> tuple
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     loss = torch.zeros((), device=run.device)
-    for part_in, part_out in zip(
-        inputs.chunk(c.train.accumulate), targets.chunk(c.train.accumulate), strict=True
-    ):
+    for part_in, part_out in zip(inputs.chunk(c.train.accumulate), targets.chunk(c.train.accumulate), strict=True):
         part = _loss(run, forward, part_in, part_out) / c.train.accumulate
         part.backward()
         loss += part.detach()
@@ -121,39 +122,6 @@ def evaluate(run: Training) -> float:
     ]
     run.model.train()
     return sum(loss * n for loss, n in sums) / sum(n for _, n in sums)
-
-
-class Threads:
-    """Chooses between one CPU thread and all of them while training, by timing a few steps of each.
-
-    A second thread nearly doubles the speed of an idle machine and halves that of a busy one, and which of the two
-    it is changes during a run. The bits do not depend on the choice (a test holds this).
-
-    Args:
-        fixed: a number of threads to keep to, or None to choose.
-    """
-
-    PERIOD, TRIALS = 60, 3
-
-    def __init__(self, fixed: int | None):
-        n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.counts = [fixed] if fixed else sorted({1, n_cores})
-        self.times: dict[int, list[float]] = {}
-        self.n_steps = 0
-
-    def choose(self) -> int:
-        """The number of threads for the next step."""
-        trial, at = divmod(self.n_steps % self.PERIOD, self.TRIALS)
-        if at == 0 and trial == 0:
-            self.times = {n: [] for n in self.counts}
-        if trial < len(self.counts):
-            return self.counts[trial]
-        return min(self.counts, key=lambda n: statistics.median(self.times[n]))
-
-    def record(self, n_threads: int, seconds: float) -> None:
-        """Note how long a step took."""
-        self.times[n_threads].append(seconds)
-        self.n_steps += 1
 
 
 def _start(config: RunConfig) -> Training:
@@ -255,37 +223,81 @@ def _loop(run: Training) -> None:
     forward = torch.compile(run.model) if c.run.compile else run.model
     tokens = run.corpus.tokens("train")
     threads = Threads(c.run.threads)
-    recorder = _Recorder(run)
+    losses = _Losses(run)
     tokens_per_step = c.train.batch_size * c.model.n_ctx
     bar = tqdm(total=c.train.steps, initial=run.step, unit=" steps", disable=None, smoothing=0.05)
-    with bar, recorder, _stop_signals() as stopped:
+    with bar, Recorder(c.run_dir, run.step) as recorder, _stop_signals() as stopped:
         while run.step < c.train.steps:
             n_threads = threads.choose()
             torch.set_num_threads(n_threads)
             began = time.perf_counter()
             x, y = batch(tokens, c.run.seed, run.step, 0, c.train.batch_size, c.model.n_ctx)
             loss, rms = train_step(run, forward, x.to(run.device), y.to(run.device))
-            recorder.losses.append((run.step, loss))
-            if run.device.type == "cpu" or run.step % c.train.log_every == 0:
-                recorder.check_losses()
+            logs, last = run.step % c.train.log_every == 0, run.step == c.train.steps
+            losses.add(loss)
+            if logs or run.device.type == "cpu":
+                losses.check()
             seconds = time.perf_counter() - began
             threads.record(n_threads, seconds)
             run.seconds += seconds
             bar.update()
-            if run.step % c.train.log_every == 0:
-                speed = tokens_per_step * run.step / run.seconds
-                bar.set_postfix_str(f"loss {recorder.last_loss:.3f}, {speed:,.0f} tokens/s")
-                recorder.step(rms, speed)
-            last = run.step == c.train.steps
+            if logs:
+                speed = tokens_per_step / seconds
+                bar.set_postfix_str(f"loss {losses.newest:.3f}, {speed:,.0f} tokens/s")
+                recorder.numbers(run.step, _numbers(run, losses.newest, rms.item(), speed))
             if last or run.step % c.train.eval_every == 0:
-                recorder.evaluation(evaluate(run))
+                run.val_loss = evaluate(run)
+                recorder.numbers(run.step, {"loss/val": run.val_loss})
+                recorder.sparsity(run.step, run.tensors)
+                _tell(run, losses.newest)
             if run.step % c.train.histogram_every == 0:
-                recorder.histograms()
+                recorder.histograms(run.step, run.tensors)
             if last or stopped.is_set() or run.step % c.train.checkpoint_every == 0:
-                recorder.check_losses()
+                losses.check()
                 _save(run)
             if stopped.is_set() and not last:
                 raise Interrupted(f"stopped after step {run.step}; the same command goes on from there")
+
+
+class _Losses:
+    """The losses not looked at yet: looking waits for the device, so it is done now and then."""
+
+    def __init__(self, run: Training):
+        self.run = run
+        self.waiting: list[tuple[int, Tensor]] = []
+        self.newest = math.nan
+
+    def add(self, loss: Tensor) -> None:
+        self.waiting.append((self.run.step, loss))
+
+    def check(self) -> None:
+        """Raises TrainingError, naming the step, if a loss is not finite."""
+        for step, loss in self.waiting:
+            self.newest = loss.item()
+            if not math.isfinite(self.newest):
+                raise TrainingError(_not_finite(self.run, self.newest, step))
+        self.waiting.clear()
+
+
+def _numbers(run: Training, loss: float, rms: float, tokens_per_second: float) -> dict[str, float]:
+    c = run.config
+    progress = (run.step - 1) / c.train.steps
+    return {
+        "loss/train": loss,
+        "gradient_rms": rms,
+        "learning_rate": learning_rate(c.optim, c.sparsity, progress),
+        "density": sparsity.density(c.sparsity, progress),
+        "tokens_per_second": tokens_per_second,
+    }
+
+
+def _tell(run: Training, loss: float) -> None:
+    steps = run.config.train.steps
+    left = run.seconds / run.step * (steps - run.step)
+    log.info(
+        "step %d of %d: loss %.3f, held out %.3f; %.0f s done, about %.0f s left",
+        run.step, steps, loss, run.val_loss, run.seconds, left,
+    )  # fmt: skip
 
 
 def _loss(run: Training, forward, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -298,9 +310,7 @@ def _loss(run: Training, forward, inputs: Tensor, targets: Tensor) -> Tensor:
 def _save(run: Training) -> None:
     _refuse_broken(run)
     state = {"step": run.step, "seconds": run.seconds, "corpus": run.corpus.manifest["fingerprint"]}
-    checkpoint.save_checkpoint(
-        run.config.run_dir, run.model, run.optimizer, state, run.config.train.keep_checkpoints
-    )
+    checkpoint.save_checkpoint(run.config.run_dir, run.model, run.optimizer, state, run.config.train.keep_checkpoints)
 
 
 @torch.no_grad()
@@ -317,33 +327,27 @@ def _refuse_broken(run: Training) -> None:
 def _not_finite(run: Training, loss: float, step: int) -> str:
     kept = checkpoint.latest_checkpoint(run.config.run_dir)
     return (
-        f"the loss became {loss} at step {step}; the last good state is {kept or 'the beginning'}; "
-        "try a lower optim.lr"
+        f"the loss became {loss} at step {step}; the last good state is {kept or 'the beginning'}; try a lower optim.lr"
     )
 
 
-def _finish(run: Training) -> Path:
+def _finish(run: Training) -> None:
     c = run.config
-    run_dir = c.run_dir
-    if not (run_dir / "model").is_dir():
-        checkpoint.export_model(run_dir, run.model, config_to_yaml(c))
-    counts = sparsity.count(run.tensors)
-    n_weights = sum(t.weight.numel() for t in run.tensors)
-    n_nonzero = sum(int(row["n_nonzero"]) for row in counts.values())
-    summary_file = run_dir / "summary.json"
+    checkpoint.export_model(c.run_dir, run.model, config_to_yaml(c))
+    n_nonzero = sum(int(row["n_nonzero"]) for row in sparsity.count(run.tensors).values())
+    summary_file = c.run_dir / "summary.json"
     earlier = json.loads(summary_file.read_text()) if summary_file.exists() else {}
     checkpoint.write_json(
         summary_file,
         {
             **earlier,
-            "val_loss": evaluate(run),
-            "density": n_nonzero / n_weights,
+            "val_loss": evaluate(run) if run.val_loss is None else run.val_loss,
+            "density": n_nonzero / sum(t.weight.numel() for t in run.tensors),
             "n_nonzero": n_nonzero,
             "tokens": c.train.steps * c.train.batch_size * c.model.n_ctx,
             "seconds": round(run.seconds, 2),
         },
     )
-    return run_dir
 
 
 @contextmanager
@@ -368,89 +372,3 @@ def _stop_signals() -> Iterator[threading.Event]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-
-
-class _Recorder:
-    """Writes metrics.jsonl and TensorBoard, and watches the loss."""
-
-    def __init__(self, run: Training):
-        self.run = run
-        self.losses: list[tuple[int, Tensor]] = []
-        self.last_loss = math.nan
-        self.path = run.config.run_dir / "metrics.jsonl"
-
-    def __enter__(self) -> "_Recorder":
-        from torch.utils.tensorboard import SummaryWriter
-
-        _drop_lines_after(self.path, self.run.step)
-        self.file = open(self.path, "a")  # noqa: SIM115
-        self.board = SummaryWriter(self.run.config.run_dir / "tensorboard", purge_step=self.run.step + 1)
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.file.close()
-        self.board.close()
-
-    def check_losses(self) -> None:
-        """Look at the losses since the last look (one wait for the device).
-
-        Raises:
-            TrainingError: one is not finite; names the step it came from.
-        """
-        for step, loss in self.losses:
-            self.last_loss = loss.item()
-            if not math.isfinite(self.last_loss):
-                raise TrainingError(_not_finite(self.run, self.last_loss, step))
-        self.losses.clear()
-
-    def step(self, rms: Tensor, tokens_per_second: float) -> None:
-        c, done = self.run.config, self.run.step
-        progress = (done - 1) / c.train.steps
-        self._write(
-            {
-                "loss/train": self.last_loss,
-                "gradient_rms": rms.item(),
-                "learning_rate": learning_rate(c.optim, c.sparsity, progress),
-                "density": sparsity.density(c.sparsity, progress),
-                "tokens_per_second": tokens_per_second,
-            }
-        )
-
-    def evaluation(self, loss: float) -> None:
-        c, run = self.run.config, self.run
-        self._write({"loss/val": loss})
-        for name, row in sparsity.count(run.tensors).items():
-            for key, value in row.items():
-                self.board.add_scalar(f"{key}/{name}", value, run.step)
-        left = run.seconds / run.step * (c.train.steps - run.step)
-        log.info(
-            "step %d/%d: loss %.3f, held out %.3f; %d s done, about %d s left",
-            run.step, c.train.steps, self.last_loss, loss, run.seconds, left,
-        )  # fmt: skip
-
-    def histograms(self) -> None:
-        for t in self.run.tensors:
-            weights = t.weight.detach()
-            self.board.add_histogram(f"weights/{t.name}", weights[weights != 0], self.run.step)
-            if weights.dim() == 2:
-                self.board.add_histogram(f"nonzeros_per_row/{t.name}", (weights != 0).sum(1), self.run.step)
-
-    def _write(self, values: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": self.run.step, **values}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.board.add_scalar(name, value, self.run.step)
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Forget metrics of steps that a kill undid, and a line it cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
-    path.write_text("".join(kept))

@@ -38,23 +38,27 @@ def test_a_truncated_or_foreign_file_is_refused(tmp_path):
 
 
 def test_a_model_that_does_not_fit_lists_every_difference(tiny_run):
-    model, _, config = sparsetrain.load(tiny_run)
+    model, _ = sparsetrain.load(tiny_run)
     tensors = model.state_dict()
     tensors["stranger"] = torch.zeros(1)
     tensors["norm.weight"] = torch.zeros(7)
     del tensors["bigram"]
     with pytest.raises(CheckpointError) as error:
         checkpoint.fill(model, tensors, tiny_run)
-    for words in ("bigram is missing there", "stranger is unknown here", "norm.weight has shape (7,) there, (32,) here"):
+    for words in (
+        "bigram is missing there",
+        "stranger is unknown here",
+        "norm.weight has shape (7,) there, (32,) here",
+    ):
         assert words in str(error.value)
 
 
 def test_load_gives_the_trained_model_from_the_run_or_a_copied_folder(tiny_run, tmp_path):
-    model, tokenizer, config = sparsetrain.load(tiny_run)
-    assert config.model.d_model == 32
+    model, tokenizer = sparsetrain.load(tiny_run)
+    assert model.options.d_model == 32
     assert tokenizer.get_vocab_size() == model.vocab_size == 400
     shutil.copytree(tiny_run / "model", tmp_path / "elsewhere")
-    again, _, _ = sparsetrain.load(tmp_path / "elsewhere")
+    again, _ = sparsetrain.load(tmp_path / "elsewhere")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
@@ -62,8 +66,8 @@ def test_load_falls_back_on_the_newest_checkpoint(tiny_run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(tiny_run, copy)
     shutil.rmtree(copy / "model")
-    model, _, _ = sparsetrain.load(copy)
-    finished, _, _ = sparsetrain.load(tiny_run)
+    model, _ = sparsetrain.load(copy)
+    finished, _ = sparsetrain.load(tiny_run)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), finished.parameters(), strict=True))
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(CheckpointError, match="must be a run directory with a model or a checkpoint"):
@@ -120,3 +124,11 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     with checkpoint.whole_folder(target) as folder:
         (folder / "b").write_text("new")
     assert [p.name for p in tmp_path.rglob("*")] == ["x", "b"]
+
+
+def test_an_exchanged_tokenizer_is_refused(tiny_run, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_run / "model", copy)
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
+    with pytest.raises(CheckpointError, match="tokenizer.json is not the one .* was trained with"):
+        sparsetrain.load(copy)

@@ -3,7 +3,14 @@
 import pytest
 
 from sparsetrain.config import (
-    ConfigError, PruneConfig, RunConfig, config_from_dict, config_to_dict, config_to_yaml, describe_keys, known_keys,
+    ConfigError,
+    PruneConfig,
+    RunConfig,
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    describe_keys,
+    known_keys,
     load_config,
 )  # fmt: skip
 

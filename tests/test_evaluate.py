@@ -14,7 +14,7 @@ from sparsetrain.tasks import TaskData, encode_task, load_task
 
 @pytest.fixture(scope="module")
 def loaded(tiny_run):
-    model, tokenizer, config = sparsetrain.load(tiny_run)
+    model, tokenizer = sparsetrain.load(tiny_run)
     model.requires_grad_(False)
     return model, tokenizer
 
@@ -134,7 +134,9 @@ def test_kl_is_zero_for_equal_logits_and_matches_its_definition():
     a, b = torch.randn(5, 9, generator=g), torch.randn(5, 9, generator=g)
     assert evaluate.kl_divergence(a, a) == pytest.approx(0, abs=1e-6)
     p = a.softmax(-1)
-    assert evaluate.kl_divergence(a, b) == pytest.approx((p * (p / b.softmax(-1)).log()).sum(-1).mean().item(), rel=1e-4)
+    assert evaluate.kl_divergence(a, b) == pytest.approx(
+        (p * (p / b.softmax(-1)).log()).sum(-1).mean().item(), rel=1e-4
+    )
 
 
 def test_node_effects_are_what_ablating_each_node_alone_does(loaded, data, corpus):

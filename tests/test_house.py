@@ -11,7 +11,7 @@ FLOORS = [
     {"config", "task_fragments"},
     {"data", "model", "task_prompts"},
     {"sparsity", "checkpoint", "tasks"},
-    {"optim"},
+    {"optim", "record", "threads"},
     {"train", "pruning"},
     {"analysis"},
     {"cli"},

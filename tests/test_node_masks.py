@@ -15,7 +15,7 @@ OFF = [f"model.abs_topk.{s}=1" for s in ("attn_in", "q", "k", "v", "attn_out", "
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    """Token 1 asks for 3 and token 2 for 4, through mlp_in:0 -> either of two neurons -> mlp_out:1; the rest is noise."""
+    """Token 1 asks for 3 and token 2 for 4, through mlp_in:0 -> a neuron (of two) -> mlp_out:1; the rest is noise."""
     options = load_config(
         RunConfig,
         ["model.n_layers=1", "model.d_model=8", "model.d_head=4", "model.mlp_ratio=1", "model.n_ctx=8",

@@ -13,17 +13,17 @@ from sparsetrain.pruning.prune import Unreached, prune, score_tasks
 from sparsetrain.tasks import TaskError
 
 QUICK = ["steps=40", "train_pairs=16", "heldout_pairs=16", "batch_pairs=8", "reference_tokens=512", "random_sets=3"]
+NAMES = ("name", "path", "data", "value", "key", "line", "text", "file", "node", "code", "func", "args", "list", "word")
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     """A task the tiny model can be pruned for: the last token alone decides (bigrams know it)."""
     file = tmp_path_factory.mktemp("tasks") / "self_or_none.jsonl"
-    names = "name path data value key line text file node code func args list word mode size".split()
     rows = [
         {"positive": f"    def {n}(self):\n        return self", "negative": f"    def {n}(self):\n        if",
          "positive_answer": ".", "negative_answer": " "}
-        for n in names + [f"get_{n}" for n in names] + [f"_{n}" for n in names]
+        for n in [prefix + name for prefix in ("", "get_", "_") for name in NAMES]
     ]  # fmt: skip
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(file)
@@ -56,7 +56,7 @@ def test_measures_and_files_agree(found, tiny_run):
 
 
 def test_edges_are_weights_of_the_model(found, tiny_run):
-    model, _, _ = sparsetrain.load(tiny_run)
+    model, _ = sparsetrain.load(tiny_run)
     assert found.edges == edges_between(model, found.nodes)
     assert len(found.edges) == graph.n_edges(model, found.nodes)
     parameters = dict(model.named_parameters())

@@ -95,9 +95,7 @@ def last_line(prompt: str) -> str:
 
 
 def write_pairs(path: Path, pairs: list[Pair]) -> str:
-    path.write_text(
-        "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8"
-    )
+    path.write_text("".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
     return str(path)
 
 
@@ -156,9 +154,7 @@ def test_with_open_reads_sources_and_writes_targets():
 
 def test_an_f_string_inserts_and_a_plain_string_does_not():
     for pair in draw("fstring_brace", 50):
-        trees = [
-            ast.parse(prompt + pair.positive_answer + "x}')") for prompt in (pair.positive, pair.negative)
-        ]
+        trees = [ast.parse(prompt + pair.positive_answer + "x}')") for prompt in (pair.positive, pair.negative)]
         inserts = [any(isinstance(node, ast.FormattedValue) for node in ast.walk(tree)) for tree in trees]
         assert inserts == [True, False]
 
@@ -191,18 +187,14 @@ def test_prompts_of_a_pair_differ_in_one_line(name):
     for pair in draw(name, 50):
         first, second = pair.positive.split("\n"), pair.negative.split("\n")
         assert sum(a != b for a, b in zip(first, second, strict=True)) == 1
-        assert not re.search(r"[ \t]+\n|\t|\{[a-z]|<", pair.positive.replace(" < ", "")), (
-            "stray blank or field"
-        )
+        assert not re.search(r"[ \t]+\n|\t|\{[a-z]|<", pair.positive.replace(" < ", "")), "stray blank or field"
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_rows_hold_prompts_answers_and_padding(name, tokenizer):
     data = encode_task(TASKS[name], tokenizer, 64, "train", 0, 256)
     assert len(data) == len(data.prompts) == len(data.tokens) == 128
-    assert torch.equal(data.correct[0::2], data.wrong[1::2]) and torch.equal(
-        data.wrong[0::2], data.correct[1::2]
-    )
+    assert torch.equal(data.correct[0::2], data.wrong[1::2]) and torch.equal(data.wrong[0::2], data.correct[1::2])
     assert torch.equal(data.positive, data.correct[0::2].repeat_interleave(2))
     assert (data.correct != data.wrong).all()
     for row, prompt in enumerate(data.prompts):
@@ -239,9 +231,7 @@ def test_splits_share_no_prompt_when_pairs_share_prompts(tokenizer):
         return Pair(f"x = {first}", f"x = {second}", "\n", ":\n")
 
     task = _built_in(draw_from_few)
-    train, heldout = (
-        set(encode_task(task, tokenizer, 4, split, 0, 99).prompts) for split in ("train", "heldout")
-    )
+    train, heldout = (set(encode_task(task, tokenizer, 4, split, 0, 99).prompts) for split in ("train", "heldout"))
     assert train and heldout and not train & heldout
 
 
@@ -284,9 +274,7 @@ def test_an_answer_of_several_tokens_stands_for_its_first(tokenizer, caplog):
     caplog.set_level(logging.INFO)
     data = encode_task(TASKS["bracket_counting"], tokenizer, 4, "train", 0, 256)
     assert [tokenizer.decode([int(token)]) for token in data.correct[:2]] == ["]", "]\n"]
-    assert re.search(
-        r"bracket_counting: ']]\\n' is several tokens here; asking for the first, ']'", caplog.text
-    )
+    assert re.search(r"bracket_counting: ']]\\n' is several tokens here; asking for the first, ']'", caplog.text)
 
 
 def test_an_answer_that_is_one_token_is_asked_for_whole(tokenizer):
@@ -353,9 +341,7 @@ def test_first_tokens_that_agree_are_refused(tokenizer):
         """Answers that begin alike."""
         return Pair(f"x = {rng.random()}", f"y = {rng.random()}", "\n", "\n    pass")
 
-    with pytest.raises(
-        TaskError, match=r"the answers '\\n' and '\\n    pass' begin with the same token, '\\n'"
-    ):
+    with pytest.raises(TaskError, match=r"the answers '\\n' and '\\n    pass' begin with the same token, '\\n'"):
         encode_task(_built_in(draw_alike), tokenizer, 2, "train", 0, 64)
 
 
@@ -372,9 +358,7 @@ def test_bad_arguments_are_named(arguments, words, tokenizer):
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(
-        TaskError, match=r"\.jsonl file, got 'bracket_count'; the nearest names are bracket_counting"
-    ):
+    with pytest.raises(TaskError, match=r"\.jsonl file, got 'bracket_count'; the nearest names are bracket_counting"):
         load_task("bracket_count")
     with pytest.raises(TaskError, match=r"nearest names are single_double_quote, .*while_return_true"):
         load_task("???")
@@ -420,9 +404,7 @@ def test_linked_pairs_of_a_file_stay_on_one_side(tokenizer, tmp_path):
     chain = [Pair(f"x{i} = (1", f"x{i + 1} = (1", ")", "]") for i in range(0, 20)]
     random.Random(0).shuffle(chain)
     task = load_task(write_pairs(tmp_path / "own.jsonl", [*chain, *numbered_pairs(100)[30:]]))
-    train, heldout = (
-        encode_task(task, tokenizer, 200, split, 0, 64).prompts for split in ("train", "heldout")
-    )
+    train, heldout = (encode_task(task, tokenizer, 200, split, 0, 64).prompts for split in ("train", "heldout"))
     assert not set(train) & set(heldout)
     assert any({pair.positive for pair in chain} <= set(side) for side in (train, heldout))
 
@@ -435,9 +417,7 @@ def test_a_file_may_hold_line_separators_in_its_prompts(tokenizer, tmp_path):
 
 def test_a_file_with_too_few_pairs_on_a_side_is_refused(tokenizer, tmp_path):
     task = load_task(write_pairs(tmp_path / "own.jsonl", numbered_pairs(1)))
-    with pytest.raises(
-        TaskError, match=r"task own must give 2 different pairs for \w+ .*, or add pairs to the file"
-    ):
+    with pytest.raises(TaskError, match=r"task own must give 2 different pairs for \w+ .*, or add pairs to the file"):
         for split in ("train", "heldout"):
             encode_task(task, tokenizer, 8, split, 0, 64)
 

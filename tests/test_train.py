@@ -15,10 +15,8 @@ from sparsetrain import checkpoint, sparsity
 from sparsetrain.checkpoint import CheckpointError
 from sparsetrain.config import ConfigError, RunConfig, load_config
 from sparsetrain.data import batch
-from sparsetrain.train import Threads, TrainingError, _start, evaluate, train, train_step
+from sparsetrain.train import TrainingError, _start, evaluate, train, train_step
 
-# Losses of the tiny run's first steps. They follow from the config, the corpus and the order of operations in a
-# step, so a change of any of these shows here.
 GOLDEN_STEPS = 12
 
 
@@ -65,9 +63,9 @@ def test_invariant_1_nonzeros_never_exceed_l0_after_any_step(tiny, tmp_path):
 
 
 def test_a_step_is_the_paper_s_recipe_written_out(tiny, tmp_path):
-    """Golden in the strict sense: the same steps in float64-free plain torch, in the order of docs/method.md."""
+    """The golden curve is not a list of numbers but the method written out: plain torch, in docs/method.md's order."""
     config = load_config(RunConfig, [*tiny, f"run.out={tmp_path}"])
-    run, losses = steps_of(config, GOLDEN_STEPS)
+    _, losses = steps_of(config, GOLDEN_STEPS)
     twin = _start(load_config(RunConfig, [*tiny, f"run.out={tmp_path}/twin"]))
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in twin.model.parameters()}
     c = config.optim
@@ -151,7 +149,9 @@ def test_a_finished_run_is_not_trained_again(tiny, tiny_run):
 
 def test_a_resume_with_another_config_lists_every_difference(tiny, tiny_run):
     with pytest.raises(ConfigError) as error:
-        train(load_config(RunConfig, [*tiny, "run.name=shared", "model.d_model=64", "optim.lr=0.5", "train.log_every=3"]))
+        train(
+            load_config(RunConfig, [*tiny, "run.name=shared", "model.d_model=64", "optim.lr=0.5", "train.log_every=3"])
+        )
     message = str(error.value)
     assert "model.d_model: 32 there, 64 now" in message
     assert "optim.lr: 0.02 there, 0.5 now" in message
@@ -216,24 +216,10 @@ def test_tensorboard_has_losses_densities_and_histograms(tiny_run):
 
     board = EventAccumulator(str(tiny_run / "tensorboard")).Reload()
     tags = board.Tags()
-    assert {"loss/train", "loss/val", "density/embed.weight", "dead_rows/blocks.1.mlp.up.weight"} <= set(tags["scalars"])
+    assert {"loss/train", "loss/val", "density/embed.weight", "dead_rows/blocks.1.mlp.up.weight"} <= set(
+        tags["scalars"]
+    )
     assert "nonzeros_per_row/blocks.0.attn.qkv.weight" in tags["histograms"]
-
-
-def test_threads_settles_on_the_faster_count_and_looks_again():
-    threads = Threads(None)
-    threads.counts = [1, 2]
-    chosen = []
-    for step in range(2 * Threads.PERIOD):
-        n = threads.choose()
-        chosen.append(n)
-        fast = 2 if step < Threads.PERIOD else 1
-        threads.record(n, 0.1 if n == fast else 0.3)
-    first, second = chosen[: Threads.PERIOD], chosen[Threads.PERIOD :]
-    trials = 2 * Threads.TRIALS
-    assert set(first[trials:]) == {2}
-    assert set(second[trials:]) == {1}
-    assert Threads(3).choose() == 3
 
 
 def test_evaluation_is_the_mean_over_tokens(tiny, tmp_path):

@@ -170,7 +170,11 @@ def kl_divergence(full: Tensor, ablated: Tensor) -> float:
 
 
 def node_effects(
-    model: Transformer, data: TaskData, nodes: NodeSet, ablation: Ablation, calibration: Calibration,
+    model: Transformer,
+    data: TaskData,
+    nodes: NodeSet,
+    ablation: Ablation,
+    calibration: Calibration,
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[tuple[str, int], float]:
     """How much the circuit's task loss rises when one more node is ablated, for each of its nodes."""  # fmt: skip

@@ -1,6 +1,6 @@
 """The prune stage: rank nodes, cut at the target loss, clean up, measure on held-out prompts, save.
 
-    run -> Transformer, tokenizer -> task prompts -> masks -> node set -> Circuit -> runs/<name>/circuits/<task>/<method>/
+run -> Transformer, tokenizer -> task prompts -> masks -> node set -> Circuit -> runs/<name>/circuits/<task>/<method>/
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsetrain import checkpoint
-from sparsetrain.config import PruneConfig, RunConfig
-from sparsetrain.data import evaluation_batches, prepare
+from sparsetrain.config import ConfigError, PruneConfig, RunConfig
+from sparsetrain.data import evaluation_batches
 from sparsetrain.model import Transformer
 from sparsetrain.pruning import node_masks
 from sparsetrain.pruning.circuit import Circuit, edges_between, save_circuit
@@ -104,13 +104,13 @@ def prune(
         CheckpointError: the run holds no readable model.
     """
     run = Path(run)
-    model, tokenizer, run_config = checkpoint.load_model(run, device)
+    model, tokenizer, run_config = checkpoint.load_run(run, device)
     chosen = load_task(task)
     train, heldout = (
         encode_task(chosen, tokenizer, n, split, config.seed, run_config.model.n_ctx).to(device)
         for split, n in (("train", config.train_pairs), ("heldout", config.heldout_pairs))
     )
-    ablation = build_ablation(model, config.ablation, corpus_tokens(run_config, config.reference_tokens), train)
+    ablation = build_ablation(model, config.ablation, corpus_tokens(run, run_config, config.reference_tokens), train)
     cut, used = find(model, train, ablation, config, method)
     folder = run / "circuits" / chosen.name / method
     full_loss = task_score(full_model_logits(model, heldout), heldout)[0]
@@ -144,9 +144,7 @@ def find(
     return (clean(model, data, ablation, cut, config) if cut.reached else cut), config
 
 
-def bisect(
-    model: Transformer, data: TaskData, ablation: Ablation, tau: dict[str, Tensor], config: PruneConfig
-) -> Cut:
+def bisect(model: Transformer, data: TaskData, ablation: Ablation, tau: dict[str, Tensor], config: PruneConfig) -> Cut:
     """Cut a ranking of nodes at the size where the calibrated task loss just reaches the target.
 
     Source: Gao et al. 2025, A.5. The loss need not be monotone in the size: sizes are doubled until one reaches the
@@ -198,9 +196,7 @@ def clean(model: Transformer, data: TaskData, ablation: Ablation, cut: Cut, conf
     return _without_dangling(model, data, ablation, cut, config)
 
 
-def measure(
-    model: Transformer, heldout: TaskData, cut: Cut, ablation: Ablation, config: PruneConfig
-) -> dict[str, Any]:
+def measure(model: Transformer, heldout: TaskData, cut: Cut, ablation: Ablation, config: PruneConfig) -> dict[str, Any]:
     """The measures of a circuit on held-out prompts, each beside its control.
 
     Returns:
@@ -254,7 +250,7 @@ def score_tasks(
     run: str | Path, n_pairs: int = 128, device: str = "cpu", names: list[str] | None = None
 ) -> Iterator[TaskScore]:
     """How well a run's full model does each task (all built-in ones, or those named) on held-out prompts."""
-    model, tokenizer, config = checkpoint.load_model(run, device)
+    model, tokenizer, config = checkpoint.load_run(run, device)
     for name in names or TASKS:
         try:
             train, heldout = (
@@ -274,10 +270,10 @@ def score_tasks(
         )  # fmt: skip
 
 
-def corpus_tokens(config: RunConfig, n_tokens: int) -> list[Tensor]:
-    """Batches of training tokens that ablation means are taken over, spread over the corpus."""
+def corpus_tokens(run: Path, config: RunConfig, n_tokens: int) -> list[Tensor]:
+    """Batches of a run's training tokens that ablation means are taken over, spread over the corpus."""
     n_windows = max(1, n_tokens // config.model.n_ctx)
-    tokens = prepare(config.data).tokens("train")
+    tokens = checkpoint.run_corpus(run, config).tokens("train")
     return [x for x, _ in evaluation_batches(tokens, -(-n_windows // 32), 32, config.model.n_ctx)]
 
 
@@ -296,9 +292,7 @@ def _score(model: Transformer, data: TaskData, ablation: Ablation, nodes: NodeSe
     return Cut(nodes, loss, calibration, loss <= config.target_loss)
 
 
-def _without_dangling(
-    model: Transformer, data: TaskData, ablation: Ablation, cut: Cut, config: PruneConfig
-) -> Cut:
+def _without_dangling(model: Transformer, data: TaskData, ablation: Ablation, cut: Cut, config: PruneConfig) -> Cut:
     tidy = without_dangling(model, cut.nodes)
     if n_nodes(tidy) == n_nodes(cut.nodes):
         return cut
@@ -336,7 +330,10 @@ def _search(
     model: Transformer, data: TaskData, ablation: Ablation, config: PruneConfig, method: str
 ) -> tuple[Cut, PruneConfig]:
     """Optuna's TPE over the mask training's settings; fewest edges at the target wins, else the lowest loss."""
-    import optuna
+    try:
+        import optuna
+    except ImportError:
+        raise ConfigError("search_trials needs Optuna; pip install 'sparsetrain[sweep]', or search_trials=0") from None
 
     found: list[tuple[tuple[float, float], Cut, PruneConfig]] = []
 

@@ -1,0 +1,78 @@
+"""What a run tells while it trains: metrics.jsonl, TensorBoard and the log."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsetrain.sparsity import Projected, count
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Writes numbers to `metrics.jsonl` and TensorBoard, as a context.
+
+    Args:
+        run_dir: the run directory.
+        step: steps done so far; what was recorded of later ones is forgotten, since a kill undid them.
+    """
+
+    def __init__(self, run_dir: Path, step: int):
+        self.run_dir = run_dir
+        self.step = step
+
+    def __enter__(self) -> "Recorder":
+        # Imported here: it takes a second, and only training needs it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = self.run_dir / "metrics.jsonl"
+        _drop_lines_after(path, self.step)
+        self.file = open(path, "a")
+        self.board = SummaryWriter(self.run_dir / "tensorboard", purge_step=self.step + 1)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+        self.board.close()
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        """Record numbers of a step by name."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def sparsity(self, step: int, tensors: list[Projected]) -> None:
+        """Record density and dead rows and columns of each projected tensor."""
+        for name, row in count(tensors).items():
+            for key, value in row.items():
+                self.board.add_scalar(f"{key}/{name}", value, step)
+
+    @torch.no_grad()
+    def histograms(self, step: int, tensors: list[Projected]) -> None:
+        """Record how nonzero weights, and their number in each row, are distributed."""
+        for t in tensors:
+            self.board.add_histogram(f"weights/{t.name}", t.weight[t.weight != 0], step)
+            if t.weight.dim() == 2:
+                self.board.add_histogram(f"nonzeros_per_row/{t.name}", _per_row(t.weight), step)
+
+
+def _per_row(weight: Tensor) -> Tensor:
+    return (weight != 0).sum(1)
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Forget lines of later steps, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    path.write_text("".join(kept))
