@@ -247,6 +247,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
     unfinished.chmod(0o755)  # mkdtemp's folders are closed to everyone else
     try:
         yield unfinished
+        for file in unfinished.iterdir():
+            file.chmod(0o644)  # safetensors closes its files to everyone else
         if target.exists():
             replaced = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target.parent))
             os.rename(target, replaced / "old")

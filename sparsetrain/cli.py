@@ -20,7 +20,12 @@ KEYS = "\nkeys, given as key=value or in a YAML file, with their defaults:\n"
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 an error with its message, 130 interrupted."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no positional arguments after an option; overrides may stand anywhere.
+    if any(item.startswith("-") for item in rest) or (rest and "config" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.config += rest
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "fsspec", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -60,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
     made = add("tasks", _tasks, "Print, for every task, how well a run's full model does it on held-out prompts.")
     made.add_argument("run", help="a run directory")
-    made.add_argument("--pairs", type=int, default=128, help="prompt pairs per task (default 128)")
+    made.add_argument("--pairs", type=int, default=64, help="prompt pairs per task (default 64)")
     made.add_argument("--examples", action="store_true", help="print a prompt pair of each task as well")
 
     made = add("prune", _prune, "Extract the circuit of a task from a run and measure it.", PruneConfig)

@@ -14,6 +14,17 @@ def test_print_config_resolves_files_and_overrides(tmp_path, capsys):
     assert "d_model: 64" in out
 
 
+def test_overrides_may_stand_after_options(capsys):
+    assert main(["prune", "nowhere", "--print-config", "--task", "for_while", "steps=7", "lr=0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "steps: 7" in out
+    assert "lr: 0.5" in out
+    for wrong in (["prune", "nowhere", "--task", "for_while", "--stepz"], ["tasks", "nowhere", "steps=7"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+    assert "unrecognized arguments: steps=7" in capsys.readouterr().err
+
+
 def test_help_lists_every_key(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])

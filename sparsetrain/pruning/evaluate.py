@@ -13,7 +13,7 @@ from sparsetrain.pruning.graph import NodeSet, complement, node_sites
 from sparsetrain.tasks import TaskData
 
 CHANCE = 0.6931471805599453  # ln 2: the loss of a coin
-BATCH = 128  # prompts in one forward pass
+BATCH = 64  # prompts in one forward pass
 BANK = 512  # places of the corpus kept for resampling
 
 AblationKind = Literal["mean_data", "mean_task", "zero", "resample"]
@@ -83,7 +83,7 @@ def build_ablation(
         seen: dict[str, Tensor] = {}
         model.final_resid(tokens, model.visitor(seen, sites))
         for site, x in seen.items():
-            sums[site] += x[real].double().sum(0)
+            sums[site] += (x * real[..., None]).sum((0, 1), dtype=torch.float64)
     total = sum(int(real.sum()) for _, real in batches)
     return Ablation(kind, {s: (x / total).float() for s, x in sums.items()})
 
@@ -116,20 +116,22 @@ def draw_places(ablation: Ablation, tokens: Tensor, generator: torch.Generator) 
 
 def answer_logits(model: Transformer, data: TaskData, masks: NodeSet, ablation: Ablation, places: Tensor) -> Tensor:
     """Logits (N, V) after the last token of each prompt, with all nodes outside `masks` ablated."""
-    visit = model.visitor({}, (), mask_edits(masks, ablation, places))
-    rows = torch.arange(len(data), device=data.tokens.device)
-    resid = model.final_resid(data.tokens, visit)[rows, data.last]
-    return model.logits(resid, data.tokens[rows, data.last])
+    tokens = data.tokens[:, : int(data.last.max()) + 1]
+    visit = model.visitor({}, (), mask_edits(masks, ablation, places[:, : tokens.shape[1]]))
+    rows = torch.arange(len(data), device=tokens.device)
+    resid = model.final_resid(tokens, visit)[rows, data.last]
+    return model.logits(resid, tokens[rows, data.last])
 
 
 @torch.no_grad()
 def all_answer_logits(model: Transformer, data: TaskData, masks: NodeSet, ablation: Ablation, seed: int = 0) -> Tensor:
-    """`answer_logits` of many prompts, a batch at a time."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = (data.take(slice(i, i + BATCH)) for i in range(0, len(data), BATCH))
-    return torch.cat(
-        [answer_logits(model, p, masks, ablation, draw_places(ablation, p.tokens, generator)) for p in parts]
-    )
+    """`answer_logits` of many prompts, a batch of similar lengths at a time."""
+    places = draw_places(ablation, data.tokens, torch.Generator().manual_seed(seed))
+    order = data.last.argsort(stable=True)
+    parts = [
+        answer_logits(model, data.take(rows.tolist()), masks, ablation, places[rows]) for rows in order.split(BATCH)
+    ]
+    return torch.cat(parts)[order.argsort()]
 
 
 def task_losses(difference: Tensor) -> Tensor:
