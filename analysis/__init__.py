@@ -1,0 +1,1 @@
+"""What is read from circuits: pages, figures and reports."""

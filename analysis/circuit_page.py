@@ -1,0 +1,114 @@
+"""The circuit page: one file that shows a circuit, opens offline and asks nothing of the network.
+
+The page is a template, the script library of the installed Bokeh, our own scripts and style sheet, and two blocks of
+JSON: `page-data`, all that is shown, and `figure-data`, the picture. The template holds no data.
+"""
+
+import html
+import json
+import os
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from bokeh.resources import Resources
+
+from sparsetrain.analysis.circuit_data import Text, page_data
+from sparsetrain.analysis.circuit_figure import circuit_figure
+from sparsetrain.analysis.snippets import corpus_windows
+from sparsetrain.checkpoint import load_run, run_corpus
+from sparsetrain.pruning.circuit import load_circuit
+from sparsetrain.tasks import encode_task, load_task
+
+PAIRS = 4  # of the task's held-out prompts
+
+TEMPLATE = Template("""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<link rel="icon" href="data:,">
+<style>
+$style
+</style>
+</head>
+<body>
+<header id="header"></header>
+<main>
+<section id="picture" aria-label="The circuit">
+<form id="controls"></form>
+<div id="figure"></div>
+</section>
+<aside id="panel" aria-live="polite"></aside>
+</main>
+<section id="below"></section>
+<noscript>This page needs JavaScript; everything it runs lies in this file.</noscript>
+<script type="application/json" id="page-data">$data</script>
+<script type="application/json" id="figure-data">$figure</script>
+$library
+<script>
+$script
+</script>
+</body>
+</html>
+""")
+
+
+def write_page(run: str | Path, circuit_folder: str | Path) -> Path:
+    """Write `circuit.html` into a circuit's folder, whole or not at all.
+
+    Args:
+        run: the run directory the circuit was found in.
+        circuit_folder: what `save_circuit` wrote.
+
+    Returns:
+        The page's path. The same inputs and versions give the same bytes.
+
+    Raises:
+        CheckpointError: the run holds no readable model.
+        CircuitError: the folder holds no readable circuit.
+        TaskError: the circuit's task cannot be found.
+    """
+    model, tokenizer, config = load_run(run)
+    circuit = load_circuit(circuit_folder)
+    task = load_task(circuit.settings.get("task", circuit.task))
+    prompts = encode_task(task, tokenizer, PAIRS, "heldout", circuit.settings["prune"]["seed"], config.model.n_ctx)
+    words = {"name": task.name, "description": task.description}
+    windows = corpus_windows(run_corpus(run, config), config.model.n_ctx)
+    data, layout = page_data(circuit, Text(tokenizer, windows, prompts), model, config)
+    data = {"task": words, "load_from": Path(run).as_posix(), **data}
+    title = f"{task.name}: a circuit of {data['facts']['run']}"
+    return _write_whole(Path(circuit_folder) / "circuit.html", _fill(title, data, circuit_figure(data, layout)))
+
+
+def _fill(title: str, data: dict[str, Any], figure: dict[str, Any]) -> str:
+    return TEMPLATE.substitute(
+        title=html.escape(title),
+        data=_json(data),
+        figure=_json(figure),
+        library=Resources(mode="inline", components=["bokeh"], log_level="error").render_js(),
+        style=_read("circuit_page.css"),
+        script="\n".join(_read(f"{name}.js") for name in ("page_elements", "circuit_panel", "circuit_page")),
+    )
+
+
+def _json(value: Any) -> str:
+    """JSON that cannot end the script element it lies in."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _read(name: str) -> str:
+    return resources.files("sparsetrain.analysis").joinpath(name).read_text(encoding="utf-8")
+
+
+def _write_whole(path: Path, text: str) -> Path:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path

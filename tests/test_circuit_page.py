@@ -1,0 +1,427 @@
+"""The circuit page: its layout, its data, and what a reader can do with it in a browser."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsetrain.analysis import circuit_layout, snippets
+from sparsetrain.analysis.circuit_data import FORMAT
+from sparsetrain.analysis.circuit_layout import Layout, channel_of, edge_length, lay_out, site_of
+from sparsetrain.analysis.circuit_page import write_page
+from sparsetrain.analysis.readings import cautions, readings
+from sparsetrain.checkpoint import load_run
+from sparsetrain.config import ModelOptions
+from sparsetrain.pruning.circuit import Circuit, edges_between, load_circuit, save_circuit
+from sparsetrain.pruning.evaluate import Ablation, Calibration
+from sparsetrain.pruning.graph import node_sites, without_dangling
+from sparsetrain.tasks import encode_task, load_task
+
+SITES = ["embed", *node_sites(ModelOptions(n_layers=2, d_model=32, d_head=8)), "logits"]
+CHROMIUM = shutil.which("chromium")
+QUIET = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+MEASURES = {
+    "task_loss": 0.2, "task_accuracy": 0.9, "task_loss_uncalibrated": 0.5, "n_nodes": 40, "n_edges": 80, "kl": 0.5,
+    "agreement": 0.95, "completeness_loss": 1.1, "random_ablation_loss": 0.12, "random_ablation_loss_std": 0.02,
+    "random_circuit_loss": 0.68, "full_model_loss": 0.1, "full_model_accuracy": 0.97, "target_loss": 0.25,
+    "train_loss": 0.19, "chance_loss": 0.693,
+    "nonsense": {"answers": [" a", " b"], "reached": True, "task_loss": 0.24, "task_accuracy": 0.9, "n_nodes": 400,
+                 "n_edges": 900, "full_model_loss": 1.4},
+}  # fmt: skip
+
+
+def random_graph(n_nodes: int, n_edges: int) -> tuple[list[str], list[tuple[str, str, float]]]:
+    rng = random.Random(0)
+    every = [f"{site}:{c}" for site in SITES for c in range(32)]
+    names = sorted(rng.sample(every, n_nodes), key=lambda n: (SITES.index(site_of(n)), channel_of(n)))
+    pairs = [sorted(rng.sample(names, 2), key=names.index) for _ in range(n_edges)]
+    return names, [(a, b, rng.uniform(-1, 1)) for a, b in pairs if site_of(a) != site_of(b)]
+
+
+@pytest.fixture(scope="module")
+def laid_out() -> tuple[list[str], list[tuple[str, str, float]], Layout]:
+    names, edges = random_graph(200, 1200)
+    return names, edges, lay_out(names, edges, SITES, d_head=8)
+
+
+def test_layout_is_the_same_each_time(laid_out):
+    names, edges, layout = laid_out
+    assert lay_out(names, edges, SITES, d_head=8) == layout
+
+
+def test_rows_stand_in_forward_order(laid_out):
+    names, _, layout = laid_out
+    present = [site for site in SITES if any(site_of(n) == site for n in names)]
+    assert [row.site for row in layout.rows] == present
+    assert all(below.y - above.y > 0.99 for above, below in pairwise(layout.rows))
+    y = {row.site: row.y for row in layout.rows}
+    assert all(layout.positions[n][1] == y[site_of(n)] for n in names)
+    titles = [band.title for band in layout.bands]
+    assert titles == [
+        "embedding", "L0 attention", "L0 MLP", "L1 attention", "L1 MLP", "final residual", "logits",
+    ]  # fmt: skip
+
+
+def test_no_two_points_overlap(laid_out):
+    names, _, layout = laid_out
+    assert set(layout.positions) == set(names)
+    for row in layout.rows:
+        xs = sorted(x for x, y in layout.positions.values() if y == row.y)
+        assert all(right - left >= 1 for left, right in pairwise(xs)), row.site
+        assert xs[0] >= 0
+        assert xs[-1] <= layout.n_columns
+
+
+def test_heads_do_not_overlap_and_hold_their_nodes(laid_out):
+    names, _, layout = laid_out
+    for layer in (0, 1):
+        boxes = sorted((h.left, h.right) for h in layout.heads if h.layer == layer)
+        assert all(right <= left for (_, right), (left, _) in pairwise(boxes))
+    box = {(h.layer, h.head): h for h in layout.heads}
+    for name in names:
+        if site_of(name).endswith((".q", ".k", ".v")):
+            head = box[int(name.split(".")[1]), channel_of(name) // 8]
+            x, y = layout.positions[name]
+            assert head.left < x < head.right
+            assert head.top <= y <= head.bottom
+
+
+def test_residual_channels_keep_their_column_and_pairs_their_place(laid_out):
+    names, _, layout = laid_out
+    column, pair = {}, {}
+    for name in names:
+        x = layout.positions[name][0]
+        if circuit_layout.is_residual(site_of(name)):
+            assert column.setdefault(channel_of(name), x) == x
+        if site_of(name).endswith((".q", ".k")):
+            assert pair.setdefault((site_of(name)[:-1], channel_of(name)), x) == x
+    assert len(set(column.values())) == len(column)
+
+
+def test_sweeps_shorten_the_edges(laid_out, monkeypatch):
+    names, edges, layout = laid_out
+    monkeypatch.setattr(circuit_layout, "SWEEPS", 1)
+    once = lay_out(names, edges, SITES, d_head=8)
+    length = edge_length(edges, {n: x for n, (x, _) in layout.positions.items()})
+    assert length < edge_length(edges, {n: x for n, (x, _) in once.positions.items()})
+
+
+def test_chains_that_cross_by_number_are_drawn_side_by_side():
+    """Channels 1 -> neuron 9 -> 1 and 2 -> neuron 5 -> 2: neuron 9 goes to the left of neuron 5."""
+    edges = [
+        ("blocks.0.mlp_in:1", "blocks.0.mlp_act:9", 1.0), ("blocks.0.mlp_act:9", "blocks.0.mlp_out:1", 1.0),
+        ("blocks.0.mlp_in:2", "blocks.0.mlp_act:5", 1.0), ("blocks.0.mlp_act:5", "blocks.0.mlp_out:2", 1.0),
+    ]  # fmt: skip
+    names = list(dict.fromkeys(name for a, b, _ in edges for name in (a, b)))
+    x = {n: place[0] for n, place in lay_out(names, edges, SITES, d_head=8).positions.items()}
+    assert x["blocks.0.mlp_in:1"] < x["blocks.0.mlp_in:2"]
+    assert x["blocks.0.mlp_act:9"] < x["blocks.0.mlp_act:5"]
+    assert all(abs(x[a] - x[b]) <= 1 for a, b, _ in edges)
+
+
+def test_a_crowd_that_wants_the_edge_stays_inside():
+    """Twelve neurons of channel 31 want to stand at its column, the last one; there is room for them to its left."""
+    fans = [("blocks.0.mlp_in:31", f"blocks.0.mlp_act:{i}", 1.0) for i in range(12)]
+    edges = [*fans, *((f"blocks.0.mlp_in:{i}", f"blocks.0.mlp_act:{20 + i}", 1.0) for i in range(6))]
+    names = list(dict.fromkeys(name for a, b, _ in edges for name in (a, b)))
+    layout = lay_out(names, edges, SITES, d_head=8)
+    xs = [layout.positions[b][0] for _, b, _ in edges]
+    assert layout.n_columns == 18
+    assert sorted(xs) == [i + 0.5 for i in range(18)]
+
+
+def test_snippets_are_the_highest_peaks_of_both_signs():
+    found = torch.zeros(4, 30)
+    found[0, 3], found[1, 29], found[2, 10], found[2, 11] = 0.5, 2.0, -1.0, 0.25
+    seen = snippets.on_corpus(found)
+    assert [(s["window"], s["start"], s["peak"]) for s in seen["positive"]] == [(1, 6, 23), (0, 0, 3), (2, 0, 11)]
+    assert seen["positive"][0]["values"] == [0] * 23 + [2.0]
+    assert [(s["window"], s["values"][s["peak"]]) for s in seen["negative"]] == [(2, -1.0)]
+    assert seen["active"] == pytest.approx(4 / 120, rel=0.01)
+    assert snippets.on_prompts(found[:2], torch.tensor([4, 2])) == [[0, 0, 0, 0.5, 0], [0, 0, 0]]
+
+
+def test_every_measure_has_a_row_and_missing_ones_have_none():
+    rows = {row.label: row for row in readings(MEASURES)}
+    assert len(rows) == 8
+    assert rows["Task loss"].value == "0.200"
+    assert "0.120 ± 0.020" in rows["Loss without it"].control
+    assert "' a'" in rows["Nonsense control"].meaning
+    assert readings({}) == []
+    assert [row.label for row in readings({"n_nodes": 1, "n_edges": 0})] == ["Nodes / edges"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"task_loss": 0.3}, "not on held-out ones"),
+        ({"task_loss": 0.05}, "have learnt some of the task themselves"),
+        ({"task_loss_uncalibrated": 0.8}, "was fitted"),
+        ({"completeness_loss": 0.15}, "the model does not need it"),
+        ({"kl": 1.5}, "not the model's prediction"),
+        ({"nonsense": MEASURES["nonsense"] | {"n_nodes": 40}}, "says nothing about how"),
+    ],
+)
+def test_each_caution_is_given_where_it_is_due(changed, said):
+    assert cautions(MEASURES) == []
+    [caution] = cautions(MEASURES | changed)
+    assert said in caution
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_run, tmp_path_factory) -> Path:
+    """A circuit of the tiny run, for a task whose prompts would end a script element."""
+    root = tmp_path_factory.mktemp("circuit")
+    task = root / "closing_tag.jsonl"
+    rows = [
+        {"positive": f"{name} = '</script><!--'\nself", "negative": f"{name} = '</script><!--'\ndef",
+         "positive_answer": ".", "negative_answer": " "}
+        for name in ("name", "path", "data", "value", "key", "line", "text", "file", "node", "code", "func", "args")
+    ]  # fmt: skip
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, _, config = load_run(tiny_run)
+    generator = torch.Generator().manual_seed(0)
+    sites = node_sites(config.model)
+    drawn = {s: torch.rand(n, generator=generator) < 0.4 for s, n in sites.items()}
+    for layer in range(config.model.n_layers):
+        drawn[f"blocks.{layer}.k"] = drawn[f"blocks.{layer}.q"]
+    nodes = without_dangling(model, drawn)
+    ablation = Ablation("mean_data", {s: torch.rand(n, generator=generator) for s, n in sites.items()})
+    circuit = Circuit("closing_tag", "by_hand", nodes, edges_between(model, nodes), ablation, Calibration())
+    effects = {name: i / 100 for i, name in enumerate(circuit.node_names())}
+    settings = {"prune": {"seed": 0}, "run": "shared", "task": str(task)}
+    circuit = Circuit(**vars(circuit) | {"effects": effects, "measures": MEASURES, "settings": settings})
+    save_circuit(root / "saved", circuit)
+    write_page(tiny_run, root / "saved")
+    return root / "saved"
+
+
+def block(folder: Path, name: str) -> dict:
+    page = (folder / "circuit.html").read_text(encoding="utf-8")
+    [found] = re.findall(rf'<script type="application/json" id="{name}">(.*?)</script>', page)
+    return json.loads(found)
+
+
+def test_the_data_is_the_circuits(folder):
+    circuit, data = load_circuit(folder), block(folder, "page-data")
+    assert data["format"] == FORMAT
+    assert [n["name"] for n in data["nodes"]] == circuit.node_names()
+    names = [point["name"] for point in [*data["nodes"], *data["marks"]]]
+    edges = [(names[a], names[b], weight) for a, b, weight in data["edges"]]
+    assert edges == [(e.source, e.target, pytest.approx(e.weight, rel=5e-3)) for e in circuit.edges]
+    assert [n["effect"] for n in data["nodes"]] == list(circuit.effects.values())
+    assert data["measures"] == circuit.measures
+    assert len(names) == len(set(names))
+
+
+def test_links_go_from_a_write_to_later_reads_of_its_channel(folder):
+    data = block(folder, "page-data")
+    names = [point["name"] for point in [*data["nodes"], *data["marks"]]]
+    order = ["embed", *load_circuit(folder).nodes]
+    found = {(names[a], names[b]) for a, b, kind, _ in data["links"] if kind == "residual"}
+    wanted = {
+        (a, b)
+        for a in names
+        for b in names
+        if a.startswith(("embed", "blocks.0.attn_out", "blocks.0.mlp_out", "blocks.1.attn_out", "blocks.1.mlp_out"))
+        and (b.startswith("final_resid") or site_of(b).endswith("_in"))
+        and channel_of(a) == channel_of(b)
+        and order.index(site_of(a)) < order.index(site_of(b))
+    }
+    assert found == wanted
+    assert found
+    pairs = [(names[a], names[b]) for a, b, kind, _ in data["links"] if kind == "qk"]
+    assert pairs
+    assert all(b == a.replace(".q:", ".k:") for a, b in pairs)
+
+
+def test_activations_are_the_full_models(folder, tiny_run):
+    model, tokenizer, config = load_run(tiny_run)
+    task = load_task(load_circuit(folder).settings["task"])
+    prompts = encode_task(task, tokenizer, 4, "heldout", 0, config.model.n_ctx)
+    data = block(folder, "page-data")
+    for node in data["nodes"][:: len(data["nodes"]) // 5]:
+        site = site_of(node["name"])
+        channel = model.run(prompts.tokens, read=[site])[1][site][..., channel_of(node["name"])]
+        for row, last, shown in zip(channel, prompts.last.tolist(), node["prompts"], strict=True):
+            assert shown == pytest.approx(row[: last + 1].tolist(), rel=5e-3, abs=1e-6)
+    shown = ["".join(prompt["tokens"]) for prompt in data["prompts"]]
+    assert shown == list(prompts.prompts)
+    assert all("</script>" in text for text in shown)
+
+
+def test_nothing_in_the_data_ends_its_script_element(folder):
+    page = (folder / "circuit.html").read_text(encoding="utf-8")
+    for name in ("page-data", "figure-data"):
+        inside = page.split(f'id="{name}">', 1)[1].split("</script>", 1)[0]
+        assert "<" not in inside
+        assert json.loads(inside)
+
+
+def test_the_page_is_the_same_each_time(folder, tiny_run):
+    before = (folder / "circuit.html").read_bytes()
+    assert write_page(tiny_run, folder).read_bytes() == before
+
+
+def test_the_page_is_written_whole_or_not_at_all(folder, tiny_run, monkeypatch):
+    before = (folder / "circuit.html").read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_page(tiny_run, folder)
+    assert (folder / "circuit.html").read_bytes() == before
+    assert {f.name for f in folder.iterdir()} == {"circuit.html", "circuit.json", "masks.safetensors", "metrics.json"}
+
+
+def test_a_circuit_without_nodes_has_a_page(folder, tiny_run, tmp_path):
+    circuit = load_circuit(folder)
+    nodes = {site: torch.zeros_like(mask) for site, mask in circuit.nodes.items()}
+    save_circuit(tmp_path / "empty", Circuit(**vars(circuit) | {"nodes": nodes, "edges": [], "effects": {}}))
+    write_page(tiny_run, tmp_path / "empty")
+    assert block(tmp_path / "empty", "page-data")["nodes"] == []
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser, folder):
+    """The page, opened from its file; whatever it asks for or complains about fails the test."""
+    opened = browser.new_page(viewport={"width": 1400, "height": 900})
+    wrong: list[str] = []
+    address = (folder / "circuit.html").as_uri()
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
+    opened.on("request", lambda asked: wrong.append(asked.url) if not asked.url.startswith(address) else None)
+    opened.goto(address)
+    opened.wait_for_selector("body[data-ready=yes]")
+    yield opened
+    assert wrong == []
+    opened.close()
+
+
+def click_node(page, name: str) -> None:
+    """Move the mouse to where Bokeh has drawn a node, and click."""
+    page.evaluate("document.getElementById('picture').scrollIntoView()")
+    place = page.evaluate(
+        """(name) => {
+            const plot = Bokeh.documents[0].roots()[0];
+            const view = Bokeh.index.get_by_id(plot.id);
+            const points = Bokeh.documents[0].get_model_by_name("nodes").data;
+            const i = points.name.indexOf(name);
+            const { x_scale, y_scale } = view.frame;
+            const canvas = view.canvas_view.el.getBoundingClientRect();
+            return [canvas.x + x_scale.compute(points.x[i]), canvas.y + y_scale.compute(points.y[i])];
+        }""",
+        name,
+    )
+    page.mouse.click(*place)
+
+
+def busiest(data: dict) -> tuple[str, list[str], list[str]]:
+    """The node with most edges of its lesser side, with the names of what comes in and what goes out."""
+    ends = [([a for a, b, _ in data["edges"] if b == i], [b for a, b, _ in data["edges"] if a == i])
+            for i in range(len(data["nodes"]))]  # fmt: skip
+    i = max(range(len(ends)), key=lambda i: min(map(len, ends[i])))
+    name = lambda j: data["nodes"][j]["name"]  # noqa: E731
+    return name(i), [name(j) for j in ends[i][0]], [name(j) for j in ends[i][1]]
+
+
+@pytest.mark.browser
+def test_the_figure_holds_every_node_and_edge(page, folder):
+    circuit = load_circuit(folder)
+    models = """() => ["nodes", "edges"].map((name) => {
+        const columns = Bokeh.documents[0].get_model_by_name(name).data;
+        return Array.from(columns.name ?? columns.weight);
+    })"""
+    nodes, weights = page.evaluate(models)
+    assert nodes == circuit.node_names()
+    assert weights == pytest.approx([e.weight for e in circuit.edges], rel=5e-3)
+    counts = page.evaluate(
+        """() => {
+            const data = JSON.parse(document.getElementById("page-data").textContent);
+            return [data.nodes.length, data.edges.length];
+        }"""
+    )
+    assert counts == [len(circuit.node_names()), len(circuit.edges)]
+    assert page.locator("#measures .tile").count() == 8
+    assert "closing_tag" in page.inner_text("h1")
+    assert "null" not in page.inner_text("#header")
+
+
+@pytest.mark.browser
+def test_a_click_shows_a_node_and_a_row_leads_to_the_next(page, folder):
+    data = block(folder, "page-data")
+    name, before, after = busiest(data)
+    click_node(page, name)
+    page.wait_for_selector("#chosen")
+    node = next(n for n in data["nodes"] if n["name"] == name)
+    panel = page.inner_text("#panel")
+    assert page.inner_text("#chosen") == name
+    assert node["words"] in panel
+    assert f"Incoming edges ({len(before)})" in panel
+    assert f"Outgoing edges ({len(after)})" in panel
+    assert "</script>" in panel
+    assert page.locator(".pairs .heat").count() == 8
+    page.click(f'#panel .row[data-node="{after[0]}"]')
+    page.wait_for_function("(name) => document.getElementById('chosen').innerText === name", arg=after[0])
+    click_node(page, name)
+    page.wait_for_function("(name) => document.getElementById('chosen').innerText === name", arg=name)
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#chosen", state="detached")
+
+
+@pytest.mark.browser
+def test_search_table_and_filter(page, folder):
+    data = block(folder, "page-data")
+    first = data["nodes"][0]["name"]
+    page.fill("#search", first)
+    page.press("#search", "Enter")
+    assert page.inner_text("#chosen") == first
+    page.click("#all_nodes summary")
+    rows = page.locator("#all_nodes tbody tr")
+    assert rows.count() == len(data["nodes"])
+    rows.nth(0).locator("button").press("Enter")
+    assert page.inner_text("#chosen") == max(data["nodes"], key=lambda n: n["effect"])["name"]
+    page.locator("#threshold").evaluate("(slider) => { slider.value = 50; slider.dispatchEvent(new Event('input')); }")
+    shown = page.evaluate("() => Bokeh.documents[0].get_model_by_name('edges_shown').indices.length")
+    assert shown == pytest.approx(len(data["edges"]) / 2, abs=3)
+    assert page.inner_text("#n_shown").startswith(f"{shown} of {len(data['edges'])} edges")
+    page.uncheck("#links")
+    assert page.evaluate("() => Bokeh.documents[0].get_model_by_name('links_drawn').visible") is False
+
+
+@pytest.mark.browser
+def test_the_python_of_a_node_runs(page, folder):
+    data = block(folder, "page-data")
+    node = next(n for n in data["nodes"] if any(n["prompts"][0]))
+    page.evaluate("(name) => { location.hash = name; }", node["name"])
+    page.wait_for_selector("#chosen")
+    code = page.locator("pre.python").text_content()
+    found = subprocess.run(
+        [sys.executable, "-c", f"{code}\nprint(activation[0].tolist())"], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout) == pytest.approx(node["prompts"][0], rel=5e-3, abs=1e-6)
