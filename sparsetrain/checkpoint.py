@@ -205,7 +205,7 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> tuple[Trans
     for name in ("config.yaml", "tokenizer.json"):
         if not (root / name).exists():
             raise CheckpointError(f"{root / name} is missing; a model is loaded with its config and tokenizer")
-    if read_notes(weights)["tokenizer"] != file_hash(root / "tokenizer.json"):
+    if read_notes(weights).get("tokenizer") != file_hash(root / "tokenizer.json"):
         raise CheckpointError(f"{root}/tokenizer.json is not the one {weights} was trained with; bring it back")
     config = load_config(RunConfig, [str(root / "config.yaml")])
     tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))

@@ -117,7 +117,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _tasks(options: argparse.Namespace) -> None:
-    from sparsetrain.pruning.prune import score_tasks
+    from sparsetrain.pruning.measures import score_tasks
     from sparsetrain.train import pick_device
 
     print(f"{'task':28} {'loss':>6} {'accuracy':>9} {'calibrated':>11} {'pairs told apart':>17}")
@@ -165,7 +165,10 @@ def _measures_table(circuit) -> str:
         ("circuit", f"{m['n_nodes']} nodes, {m['n_edges']} edges"),
         ("its held-out task loss", f"{m['task_loss']:.3f}   (target {m['target_loss']}, chance 0.693)"),
         ("its accuracy", f"{m['task_accuracy']:.1%}"),
-        ("full model's task loss", f"{m['full_model_loss']:.3f}   (accuracy {m['full_model_accuracy']:.1%})"),
+        (
+            "full model's task loss",
+            f"{m['full_model_loss']:.3f}   (calibrated alike {m['full_model_loss_calibrated']:.3f})",
+        ),
         ("KL to the full model", f"{m['kl']:.3f} nats"),
         ("loss with the circuit ablated", f"{m['completeness_loss']:.3f}"),
         (

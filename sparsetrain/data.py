@@ -161,8 +161,6 @@ def _screen(options: DataOptions) -> tuple[list[tuple[str, str]], Counter]:
     if not usable:
         where = ", ".join(options.paths) or "the standard library"
         raise DataError(f"data must hold at least one readable file, got none in {where} (skipped: {dict(skipped)})")
-    if skipped:
-        log.warning("skipped %d files: %s", skipped.total(), dict(skipped))
     return usable, skipped
 
 
@@ -249,7 +247,7 @@ def _write_corpus(
             os.rename(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    log.info("prepared %s: %s tokens", folder, counts)
+    log.info("prepared %s: %s tokens; skipped files: %s", folder, counts, dict(skipped) or "none")
 
 
 def _write_tokens(

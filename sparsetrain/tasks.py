@@ -143,12 +143,12 @@ def encode_task(task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, se
     return _stack(task.name, chosen)
 
 
-def nonsense(data: TaskData, tokenizer: Tokenizer, seed: int) -> TaskData:
+def nonsense(parts: Sequence[TaskData], tokenizer: Tokenizer, seed: int) -> tuple[TaskData, ...]:
     """Ask the same prompts for two arbitrary words: the control that shows what pruning finds on its own.
 
     Args:
-        data: an encoded task.
-        tokenizer: the tokenizer that encoded it.
+        parts: an encoded task, e.g. its training and its held-out prompts; all parts ask for the same two words.
+        tokenizer: the tokenizer that encoded them.
         seed: chooses the words among the vocabulary's whole words that are no answers of the task.
 
     Returns:
@@ -157,26 +157,31 @@ def nonsense(data: TaskData, tokenizer: Tokenizer, seed: int) -> TaskData:
     Raises:
         TaskError: the vocabulary has fewer than two such words.
 
-    Source: Drori 2025, the control with arbitrary answers.
+    Source: Drori 2026, the control with arbitrary answers.
     """
-    answers = set(data.correct.tolist()) | set(data.wrong.tolist())
+    answers = {token for data in parts for token in (*data.correct.tolist(), *data.wrong.tolist())}
     words = [
         token
         for token in range(tokenizer.get_vocab_size())
         if token not in answers and re.fullmatch(" [a-z]{2,}", tokenizer.decode([token]))
     ]
+    name = parts[0].name
     if len(words) < 2:
         raise TaskError(
-            f"the vocabulary must hold two whole words besides the answers of {data.name}, got {len(words)}; "
+            f"the vocabulary must hold two whole words besides the answers of {name}, got {len(words)}; "
             "train a tokenizer with a larger vocabulary"
         )
-    first, second = random.Random(f"nonsense {data.name} {seed}").sample(words, 2)
+    first, second = random.Random(f"nonsense {name} {seed}").sample(words, 2)
+    return tuple(_ask_for(data, first, second) for data in parts)
+
+
+def _ask_for(data: TaskData, first: int, second: int) -> TaskData:
     is_positive = data.correct == data.positive
     return replace(
         data,
         name=f"{data.name}_nonsense",
-        correct=is_positive * first + ~is_positive * second,
-        wrong=is_positive * second + ~is_positive * first,
+        correct=torch.where(is_positive, first, second),
+        wrong=torch.where(is_positive, second, first),
         positive=torch.full_like(data.positive, first),
     )
 

@@ -6,8 +6,8 @@ import torch
 from sparsetrain.config import PruneConfig, RunConfig, load_config
 from sparsetrain.model import Transformer
 from sparsetrain.pruning import evaluate, graph, node_masks
+from sparsetrain.pruning.cut import bisect, find
 from sparsetrain.pruning.evaluate import Ablation
-from sparsetrain.pruning.prune import bisect, find
 from sparsetrain.tasks import TaskData
 
 OFF = [f"model.abs_topk.{s}=1" for s in ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")]

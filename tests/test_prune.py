@@ -9,7 +9,8 @@ import sparsetrain
 from sparsetrain.config import PruneConfig, load_config
 from sparsetrain.pruning import graph
 from sparsetrain.pruning.circuit import Circuit, CircuitError, edges_between, load_circuit
-from sparsetrain.pruning.prune import Unreached, prune, score_tasks
+from sparsetrain.pruning.measures import score_tasks
+from sparsetrain.pruning.prune import Unreached, prune
 from sparsetrain.tasks import TaskError
 
 QUICK = ["steps=40", "train_pairs=16", "heldout_pairs=16", "batch_pairs=8", "reference_tokens=512", "random_sets=3"]
@@ -105,3 +106,19 @@ def test_scores_cover_every_task_or_say_why_not(tiny_run):
 def test_an_unknown_task_is_refused(tiny_run):
     with pytest.raises(TaskError, match="nearest names"):
         prune(tiny_run, "single_quote", load_config(PruneConfig, QUICK))
+
+
+def test_the_command_writes_the_page_of_a_file_task_from_anywhere(tiny_run, task, tmp_path, monkeypatch, capsys):
+    """The page finds the task's file again through the circuit."""
+    import shutil
+
+    from sparsetrain.cli import main
+
+    shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.copy(task, tmp_path / "mine.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert main(["prune", "run", "--task", "mine.jsonl", *QUICK, "target_loss=0.6", "nonsense=false"]) == 0
+    assert (tmp_path / "run" / "circuits" / "mine" / "node_masks" / "circuit.html").exists()
+    monkeypatch.chdir("/")
+    assert main(["page", str(tmp_path / "run"), "--task", "mine"]) == 0
+    assert "circuit of mine" in capsys.readouterr().out

@@ -425,7 +425,7 @@ def test_a_file_with_too_few_pairs_on_a_side_is_refused(tokenizer, tmp_path):
 @pytest.mark.parametrize("name", ["with_as", "class_init"])
 def test_nonsense_asks_for_two_words_that_are_no_answers(name, tokenizer):
     data = encode_task(TASKS[name], tokenizer, 16, "train", 0, 256)
-    control = nonsense(data, tokenizer, 0)
+    (control,) = nonsense([data], tokenizer, 0)
     assert control.prompts == data.prompts and torch.equal(control.tokens, data.tokens)
     first, second = control.correct[0], control.wrong[0]
     assert (control.correct[0::2] == first).all() and (control.correct[1::2] == second).all()
@@ -433,8 +433,8 @@ def test_nonsense_asks_for_two_words_that_are_no_answers(name, tokenizer):
     assert (control.positive == first).all() and first != second
     assert not {int(first), int(second)} & set(data.correct.tolist())
     assert all(re.fullmatch(" [a-z]{2,}", tokenizer.decode([int(token)])) for token in (first, second))
-    assert torch.equal(nonsense(data, tokenizer, 0).correct, control.correct)
-    assert not torch.equal(nonsense(data, tokenizer, 1).correct, control.correct)
+    assert torch.equal(nonsense([data], tokenizer, 0)[0].correct, control.correct)
+    assert not torch.equal(nonsense([data], tokenizer, 1)[0].correct, control.correct)
 
 
 def test_take_and_to_keep_rows_together(tokenizer):
@@ -444,3 +444,12 @@ def test_take_and_to_keep_rows_together(tokenizer):
         for name in ("tokens", "last", "correct", "wrong", "positive"):
             assert torch.equal(getattr(part, name), getattr(data, name)[rows])
     assert data.to("meta").tokens.device.type == "meta" and data.to("cpu").prompts == data.prompts
+
+
+def test_all_parts_of_a_nonsense_task_ask_for_the_same_two_words(tokenizer):
+    parts = [encode_task(TASKS["else_elif"], tokenizer, 16, split, 0, 256) for split in ("train", "heldout")]
+    assert set(parts[0].wrong.tolist()) != set(parts[1].wrong.tolist()), "the parts must differ in their answers"
+    controls = nonsense(parts, tokenizer, 0)
+    asked = [set(c.correct.tolist()) | set(c.wrong.tolist()) for c in controls]
+    assert asked[0] == asked[1]
+    assert not asked[0] & {t for part in parts for t in (*part.correct.tolist(), *part.wrong.tolist())}

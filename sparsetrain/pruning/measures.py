@@ -1,0 +1,161 @@
+"""What is said of a circuit: measures on held-out prompts, each beside its control; and what a full model can do."""
+
+import dataclasses
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from sparsetrain import checkpoint
+from sparsetrain.config import PruneConfig
+from sparsetrain.model import Transformer
+from sparsetrain.pruning.cut import Cut, find
+from sparsetrain.pruning.evaluate import (
+    CHANCE,
+    Ablation,
+    Calibration,
+    all_answer_logits,
+    calibrate,
+    kl_divergence,
+    random_like,
+    task_score,
+)
+from sparsetrain.pruning.graph import complement, full, n_edges, n_nodes
+from sparsetrain.tasks import TASKS, TaskData, TaskError, encode_task, load_task, nonsense
+
+
+def measure(
+    model: Transformer, data: tuple[TaskData, TaskData], cut: Cut, ablation: Ablation, config: PruneConfig
+) -> dict[str, Any]:
+    """The measures of a circuit on held-out prompts, each beside its control.
+
+    Args:
+        model: the full model.
+        data: training and held-out prompts; the training ones serve calibration alone.
+        cut: the circuit's nodes and calibration.
+        ablation: what replaces the rest.
+        config: for the number of random sets and the seed.
+
+    Returns:
+        task_loss, task_accuracy: of the circuit alone, calibrated (the target's terms); task_loss_uncalibrated.
+        n_nodes, n_edges; kl: to the full model over the vocabulary, uncalibrated; agreement: share of prompts where
+        circuit and model prefer the same answer. completeness_loss: of the full model with only the circuit ablated.
+        random_ablation_loss: the same for random node sets with as many nodes at each site, mean and standard
+        deviation over `random_sets`; random_circuit_loss: such sets alone, calibrated. full_model_loss and
+        full_model_accuracy: uncalibrated; full_model_loss_calibrated: on the circuit's own terms.
+    """
+    train, heldout = data
+    fitted = train.take(slice(0, len(heldout)))
+    generator = torch.Generator().manual_seed(config.seed)
+    full_logits = full_model_logits(model, heldout)
+    alone = all_answer_logits(model, heldout, cut.nodes, ablation)
+    without = all_answer_logits(model, heldout, complement(cut.nodes), ablation)
+    randoms = [random_like(cut.nodes, generator) for _ in range(config.random_sets)]
+    random_without = [
+        task_score(all_answer_logits(model, heldout, complement(r), ablation), heldout)[0] for r in randoms
+    ]
+    random_alone = [
+        task_score(
+            all_answer_logits(model, heldout, r, ablation),
+            heldout,
+            calibrate(all_answer_logits(model, fitted, r, ablation), fitted),
+        )[0]
+        for r in randoms
+    ]
+    full_calibration = calibrate(full_model_logits(model, fitted), fitted)
+    loss, accuracy = task_score(alone, heldout, cut.calibration)
+    full_loss, full_accuracy = task_score(full_logits, heldout)
+    same = (cut.calibration(alone, heldout) > 0) == (Calibration()(full_logits, heldout) > 0)
+    return {
+        "task_loss": loss,
+        "task_accuracy": accuracy,
+        "task_loss_uncalibrated": task_score(alone, heldout)[0],
+        "n_nodes": n_nodes(cut.nodes),
+        "n_edges": n_edges(model, cut.nodes),
+        "kl": kl_divergence(full_logits, alone),
+        "agreement": same.float().mean().item(),
+        "completeness_loss": task_score(without, heldout)[0],
+        "random_ablation_loss": statistics.fmean(random_without),
+        "random_ablation_loss_std": statistics.pstdev(random_without),
+        "random_circuit_loss": statistics.fmean(random_alone),
+        "full_model_loss": full_loss,
+        "full_model_accuracy": full_accuracy,
+        "full_model_loss_calibrated": task_score(full_logits, heldout, full_calibration)[0],
+        "target_loss": config.target_loss,
+        "train_loss": cut.loss,
+        "chance_loss": CHANCE,
+    }
+
+
+def nonsense_control(
+    model: Transformer, tokenizer: Tokenizer, data: tuple[TaskData, TaskData], ablation: Ablation,
+    config: PruneConfig, method: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The control of Drori 2026: how small a circuit the same search finds for answers that mean nothing."""
+    train, heldout = nonsense(data, tokenizer, config.seed)
+    cut, _ = find(model, train, ablation, dataclasses.replace(config, search_trials=0), method)
+    loss, accuracy = task_score(all_answer_logits(model, heldout, cut.nodes, ablation), heldout, cut.calibration)
+    answers = [tokenizer.decode([t]) for t in (int(train.correct[0]), int(train.wrong[0]))]
+    return {
+        "answers": answers,
+        "reached": cut.reached,
+        "task_loss": loss,
+        "task_accuracy": accuracy,
+        "n_nodes": n_nodes(cut.nodes),
+        "n_edges": n_edges(model, cut.nodes),
+        "full_model_loss": task_score(full_model_logits(model, heldout), heldout)[0],
+    }
+
+
+def full_model_logits(model: Transformer, data: TaskData) -> Tensor:
+    """Logits (N, V) after each prompt of the whole model."""
+    return all_answer_logits(model, data, full(model), Ablation("zero", {}))
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How a full model does a task; `loss` is None, with the reason, where its tokenizer cannot express it.
+
+    Attributes:
+        loss, accuracy: on held-out prompts, from the logits as they are.
+        calibrated_loss: with a scale and shift fitted on training prompts, as for circuits.
+        pair_accuracy: share of pairs whose positive answer is likelier after the positive prompt than after the
+            negative one; it shows that a model tells the two apart even where it prefers one answer throughout.
+    """
+
+    name: str
+    loss: float | None
+    accuracy: float = 0.0
+    calibrated_loss: float = 0.0
+    pair_accuracy: float = 0.0
+    examples: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    reason: str = ""
+
+
+def score_tasks(
+    run: str | Path, n_pairs: int = 128, device: str = "cpu", names: list[str] | None = None
+) -> Iterator[TaskScore]:
+    """How well a run's full model does each task (all built-in ones, or those named) on held-out prompts."""
+    model, tokenizer, config = checkpoint.load_run(run, device)
+    for name in names or TASKS:
+        try:
+            train, heldout = (
+                encode_task(load_task(name), tokenizer, n_pairs, split, 0, config.model.n_ctx).to(device)
+                for split in ("train", "heldout")
+            )
+        except TaskError as error:
+            yield TaskScore(name, None, reason=str(error))
+            continue
+        examples = [(p, tokenizer.decode([int(t)])) for p, t in zip(heldout.prompts[:2], heldout.correct, strict=False)]
+        logits = full_model_logits(model, heldout)
+        calibration = calibrate(full_model_logits(model, train), train)
+        pairs = Calibration()(logits, heldout).view(-1, 2).sum(1)  # the shift between the two answers cancels out
+        yield TaskScore(
+            name, *task_score(logits, heldout), task_score(logits, heldout, calibration)[0],
+            (pairs > 0).float().mean().item(), examples,
+        )  # fmt: skip
