@@ -10,6 +10,10 @@ demo: .venv/installed
 	$(BIN)/sparsetrain train configs/quickstart.yaml
 	$(BIN)/sparsetrain tasks runs/quickstart
 	$(BIN)/sparsetrain prune runs/quickstart configs/quickstart-prune.yaml --task $(TASK)
+	@echo
+	@echo "What to see: a circuit of at most 60 edges whose held-out task loss is at most 0.15 (a coin has 0.693)."
+	@echo "Without it the model's loss is 0.5 or more; without random nodes it is about as before. The nonsense"
+	@echo "control should not come as cheap. Open the page in a browser, and click a node."
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest

@@ -16,7 +16,7 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
 
     Source: Gao et al. 2025, A.1.
     """
-    return x * _top_mask(x, k)
+    return torch.where(_top_mask(x, k) & (x != 0), x, 0)
 
 
 def project(weight: Tensor, k: int, min_per_row: int = 0, min_per_column: int = 0) -> Tensor:
@@ -39,11 +39,17 @@ def project(weight: Tensor, k: int, min_per_row: int = 0, min_per_column: int = 
     if min_per_column:
         forced |= _top_mask(weight.t(), min_per_column).t()
     forced &= weight != 0  # a row of fewer nonzeros leaves its room to the others
-    # Forced entries rank before the others, and among themselves by magnitude.
-    rank = weight.abs().double() / (weight.abs().max().double() + 1) + forced
-    return weight * _top_mask(rank.flatten(), k).view_as(weight)
+    by_size = _descending(weight.flatten())
+    order = by_size[(~forced.flatten()[by_size]).argsort(stable=True)]  # forced entries first, each part by size
+    kept = torch.zeros_like(forced)
+    kept.view(-1)[order[:k]] = True
+    return torch.where(kept, weight, 0)
 
 
 def _top_mask(x: Tensor, k: int) -> Tensor:
-    order = x.detach().abs().nan_to_num(nan=torch.inf).argsort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+    return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, _descending(x)[..., :k], True)
+
+
+def _descending(x: Tensor) -> Tensor:
+    """Indices along the last dimension by falling magnitude, NaN first, ties by index."""
+    return x.detach().abs().nan_to_num(nan=torch.inf).argsort(dim=-1, descending=True, stable=True)

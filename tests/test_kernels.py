@@ -47,6 +47,19 @@ def test_abs_topk_gradient_passes_where_the_output_is_not_zero():
     assert (ours != 0).sum() == 30
 
 
+def test_a_kept_zero_gets_no_gradient_on_any_path():
+    for function in (ops.abs_topk, reference.abs_topk):
+        x = torch.tensor([[0.0, 2.0, 0.0]], requires_grad=True)
+        function(x, 2).sum().backward()
+        assert x.grad.tolist() == [[0, 1, 0]]
+
+
+def test_infinities_are_kept_first_and_poison_nothing():
+    x = torch.tensor([[torch.inf, 1.0, -torch.inf, torch.inf]])
+    for function in (ops.abs_topk, reference.abs_topk):
+        assert function(x, 2).tolist() == [[torch.inf, 0, -torch.inf, 0]]
+
+
 def test_abs_topk_reads_strided_inputs():
     x = torch.randn(8, 12, generator=torch.Generator().manual_seed(0)).t()
     assert torch.equal(ops.abs_topk(x, 3), reference.abs_topk(x.contiguous(), 3))
