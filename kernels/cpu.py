@@ -87,22 +87,29 @@ def _library() -> ctypes.CDLL | None:
     if compiler is None:
         log.warning("no C compiler (cc, gcc, clang) found: AbsTopK runs on numpy, about four times slower")
         return None
-    binary = _cache_folder() / f"topk-{_fingerprint(compiler)}.so"
-    if not binary.exists():
-        binary.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = tempfile.mktemp(suffix=".so", dir=binary.parent)
-        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", str(SOURCE), "-o", unfinished]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            log.warning("%s failed, AbsTopK runs on numpy, about four times slower: %s", compiler, done.stderr)
-            return None
-        os.replace(unfinished, binary)
-    library = ctypes.CDLL(str(binary))
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        log.warning("could not compile or load %s: AbsTopK runs on numpy, about four times slower: %s", SOURCE, detail)
+        return None
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     for name in NAMES.values():
         getattr(library, f"abs_topk_{name}").argtypes = [pointer, pointer, size, size, size]
         getattr(library, f"abs_topk_backward_{name}").argtypes = [pointer, pointer, pointer, size]
     return library
+
+
+def _compiled(compiler: str) -> Path:
+    """The compiled library; written whole, since several processes may compile at once."""
+    binary = _cache_folder() / f"topk-{_fingerprint(compiler)}.so"
+    if not binary.exists():
+        binary.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = tempfile.mktemp(suffix=".so", dir=binary.parent)
+        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", str(SOURCE), "-o", unfinished]
+        subprocess.run(command, capture_output=True, text=True, check=True)
+        os.replace(unfinished, binary)
+    return binary
 
 
 def _cache_folder() -> Path:

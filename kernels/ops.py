@@ -19,7 +19,7 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: k is out of range.
 
-    Source: Gao et al. 2025, A.1.
+    Source: Gao et al. 2025, A.1. Differs: an entry that is kept at exactly 0 gets no gradient.
     """
     if not 0 <= k <= x.shape[-1]:
         raise ValueError(f"k must be in [0, {x.shape[-1]}], the width of x, got {k}")

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,9 +229,27 @@ def run_corpus(run: str | Path, config: RunConfig) -> Corpus:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; one that holds `content` already is left alone.
+
+    Raises:
+        CheckpointError: it could not be written; what was there is untouched.
+    """
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(unfinished, path)
+    try:
+        if path.exists() and path.read_bytes() == content:
+            return
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {path}: {error}; what was there before is untouched") from error
 
 
 @contextmanager
@@ -242,21 +259,27 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: something could not be written; what was at `target` is untouched.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
-    unfinished.chmod(0o755)  # mkdtemp's folders are closed to everyone else
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    replaced = target.with_name(f".{target.name}.replaced")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if replaced.exists() and not target.exists():  # a kill came between the two renames below
+            os.rename(replaced, target)
+        for left_by_a_kill in (unfinished, replaced):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
+        unfinished.mkdir()
         yield unfinished
         for file in unfinished.iterdir():
             file.chmod(0o644)  # safetensors closes its files to everyone else
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
         if target.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target.parent))
-            os.rename(target, replaced / "old")
-            os.rename(unfinished, target)
-            shutil.rmtree(replaced)
-        else:
-            os.rename(unfinished, target)
+            os.rename(target, replaced)
+        os.rename(unfinished, target)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
+        if replaced.exists() and not target.exists():
+            os.rename(replaced, target)
         raise CheckpointError(f"could not write {target}: {error}; what was there before is untouched") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

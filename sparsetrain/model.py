@@ -217,17 +217,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Tensor:
         (B, H, T, K). Where every key loses to the sink, the output tends to zero.
 
     Source: Gao et al. 2025, A.1 (attention sinks). Differs: no T x T mask. The sink is a key at position -1 whose
-    value is zero and whose logit comes from one extra feature, q' = [q, 1] and k' = [0, sink x sqrt(K)]; one unused
-    query keeps the matrix square, so that every fast causal path applies.
+    value is zero and whose logit comes from an extra feature, q' = [q, 1, 0...] and k' = [0, sink x sqrt(K), 0...].
+    One unused query keeps the matrix square, and the features are padded to a multiple of 8, as the fast causal
+    kernels of a GPU ask.
     """
     scale = 1 / math.sqrt(q.shape[-1])
     if sink is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    d_head = q.shape[-1]
+    extra = 8 - d_head % 8
     logit = (sink / scale).to(q.dtype)[None, :, None, None].expand(q.shape[0], -1, 1, 1)
-    q = F.pad(F.pad(q, (0, 1), value=1.0), (0, 0, 1, 0))
-    k = torch.cat([F.pad(logit, (k.shape[-1], 0)), F.pad(k, (0, 1))], dim=2)
-    v = F.pad(v, (0, 1, 1, 0))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[:, :, 1:, :-1]
+    q = F.pad(F.pad(q, (0, 1), value=1.0), (0, extra - 1, 1, 0))
+    k = torch.cat([F.pad(logit, (d_head, extra - 1)), F.pad(k, (0, extra))], dim=2)
+    v = F.pad(v, (0, extra, 1, 0))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[:, :, 1:, :d_head]
 
 
 def site_widths(options: ModelOptions) -> dict[str, int]:

@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from sparsetrain.checkpoint import write_whole
 from sparsetrain.sparsity import Projected, count
 
 log = logging.getLogger(__name__)
@@ -55,13 +55,11 @@ class Recorder:
     def histograms(self, step: int, tensors: list[Projected]) -> None:
         """Record how nonzero weights, and their number in each row, are distributed."""
         for t in tensors:
-            self.board.add_histogram(f"weights/{t.name}", t.weight[t.weight != 0], step)
-            if t.weight.dim() == 2:
-                self.board.add_histogram(f"nonzeros_per_row/{t.name}", _per_row(t.weight), step)
-
-
-def _per_row(weight: Tensor) -> Tensor:
-    return (weight != 0).sum(1)
+            alive = t.weight != 0
+            if alive.any():  # there is no histogram of nothing
+                self.board.add_histogram(f"weights/{t.name}", t.weight[alive], step)
+            if alive.dim() == 2:
+                self.board.add_histogram(f"nonzeros_per_row/{t.name}", alive.sum(1), step)
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
@@ -75,4 +73,4 @@ def _drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    path.write_text("".join(kept))
+    write_whole(path, "".join(kept).encode())

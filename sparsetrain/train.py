@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from sparsetrain import checkpoint, sparsity
 from sparsetrain.config import ConfigError, RunConfig, config_to_dict, config_to_yaml, known_keys, load_config
-from sparsetrain.data import Corpus, batch, evaluation_batches, prepare
+from sparsetrain.data import Corpus, batch, evaluation_batches, file_hash, prepare
 from sparsetrain.model import Transformer
 from sparsetrain.optim import build_adam, decay_, learning_rate, scale_gradients_
 from sparsetrain.record import Recorder
@@ -33,7 +33,7 @@ from sparsetrain.threads import Threads
 
 log = logging.getLogger(__name__)
 
-# Keys that may change when a run is resumed: they change neither the model nor any number it computes.
+# Keys that may change when a run is resumed: they change where and how it is computed, not what.
 FREE_ON_RESUME = (
     "run.out", "run.device", "run.threads", "run.compile", "data.cache", "train.accumulate",
     "train.checkpoint_activations", "train.eval_every", "train.eval_batches", "train.log_every",
@@ -81,10 +81,17 @@ def train(config: RunConfig) -> Path:
         Interrupted: a signal came; a checkpoint was written.
     """
     run = _start(config)
-    if run.step < config.train.steps:
-        _loop(run)
-    if not (config.run_dir / "model").is_dir() or run.val_loss is not None:
-        _finish(run)
+    try:
+        if run.step < config.train.steps:
+            _describe(config.run_dir, run)
+            _loop(run)
+        if not (config.run_dir / "model").is_dir():
+            _finish(run)
+    except OSError as error:
+        kept = checkpoint.latest_checkpoint(config.run_dir)
+        raise checkpoint.CheckpointError(
+            f"could not write to {config.run_dir}: {error}; the last good state is {kept or 'the beginning'}"
+        ) from error
     return config.run_dir
 
 
@@ -150,10 +157,15 @@ def _start(config: RunConfig) -> Training:
                 f"{newest} was trained on another corpus or tokenizer ({state['corpus'][:12]}) than the one prepared "
                 f"now ({corpus.manifest['fingerprint'][:12]}); bring back its files or choose another run.name"
             )
+        ours = file_hash(corpus.folder / "tokenizer.json")
+        if checkpoint.read_notes(newest / "model.safetensors").get("tokenizer") != ours:
+            raise checkpoint.CheckpointError(
+                f"{newest} was trained with another tokenizer than {corpus.folder}/tokenizer.json; "
+                f"set data.tokenizer={run_dir}/tokenizer.json in a new run, or choose another run.name"
+            )
         checkpoint.restore(newest, model, run.optimizer)
         run.step, run.seconds = state["step"], state["seconds"]
         log.info("resuming %s at step %d", run_dir, run.step)
-    _describe(run_dir, run)
     return run
 
 
@@ -192,8 +204,8 @@ def _value(config: RunConfig, key: str) -> Any:
 def _describe(run_dir: Path, run: Training) -> None:
     """Write what is needed to know, later and elsewhere, what was run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(config_to_yaml(run.config))
-    (run_dir / "tokenizer.json").write_bytes((run.corpus.folder / "tokenizer.json").read_bytes())
+    checkpoint.write_whole(run_dir / "config.yaml", config_to_yaml(run.config).encode())
+    checkpoint.write_whole(run_dir / "tokenizer.json", (run.corpus.folder / "tokenizer.json").read_bytes())
     checkpoint.write_json(
         run_dir / "environment.json",
         {
@@ -222,14 +234,16 @@ def _loop(run: Training) -> None:
     c = run.config
     forward = torch.compile(run.model) if c.run.compile else run.model
     tokens = run.corpus.tokens("train")
-    threads = Threads(c.run.threads)
+    threads = Threads(c.run.threads if run.device.type == "cpu" else torch.get_num_threads())
     losses = _Losses(run)
     tokens_per_step = c.train.batch_size * c.model.n_ctx
+    logged_at, seconds_then = run.step, run.seconds
     bar = tqdm(total=c.train.steps, initial=run.step, unit=" steps", disable=None, smoothing=0.05)
     with bar, Recorder(c.run_dir, run.step) as recorder, _stop_signals() as stopped:
         while run.step < c.train.steps:
             n_threads = threads.choose()
-            torch.set_num_threads(n_threads)
+            if n_threads != torch.get_num_threads():
+                torch.set_num_threads(n_threads)
             began = time.perf_counter()
             x, y = batch(tokens, c.run.seed, run.step, 0, c.train.batch_size, c.model.n_ctx)
             loss, rms = train_step(run, forward, x.to(run.device), y.to(run.device))
@@ -242,7 +256,8 @@ def _loop(run: Training) -> None:
             run.seconds += seconds
             bar.update()
             if logs:
-                speed = tokens_per_step / seconds
+                speed = tokens_per_step * (run.step - logged_at) / (run.seconds - seconds_then)
+                logged_at, seconds_then = run.step, run.seconds
                 bar.set_postfix_str(f"loss {losses.newest:.3f}, {speed:,.0f} tokens/s")
                 recorder.numbers(run.step, _numbers(run, losses.newest, rms.item(), speed))
             if last or run.step % c.train.eval_every == 0:
@@ -333,7 +348,6 @@ def _not_finite(run: Training, loss: float, step: int) -> str:
 
 def _finish(run: Training) -> None:
     c = run.config
-    checkpoint.export_model(c.run_dir, run.model, config_to_yaml(c))
     n_nonzero = sum(int(row["n_nonzero"]) for row in sparsity.count(run.tensors).values())
     summary_file = c.run_dir / "summary.json"
     earlier = json.loads(summary_file.read_text()) if summary_file.exists() else {}
@@ -348,6 +362,7 @@ def _finish(run: Training) -> None:
             "seconds": round(run.seconds, 2),
         },
     )
+    checkpoint.export_model(c.run_dir, run.model, config_to_yaml(c))  # last: it says that the run is done
 
 
 @contextmanager
