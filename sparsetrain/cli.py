@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not isinstance(error, _expected_errors()):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 130 if type(error).__name__ == "Interrupted" else 1
+        return getattr(error, "exit_status", 1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,13 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     made = add("tasks", _tasks, "Print, for every task, how well a run's full model does it on held-out prompts.")
     made.add_argument("run", help="a run directory")
     made.add_argument("--pairs", type=int, default=64, help="prompt pairs per task (default 64)")
+    made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     made.add_argument("--examples", action="store_true", help="print a prompt pair of each task as well")
 
     made = add("prune", _prune, "Extract the circuit of a task from a run and measure it.", PruneConfig)
     made.add_argument("run", help="a run directory")
     made.add_argument("config", nargs="*", metavar="FILE.yaml | key=value")
     made.add_argument("--task", required=True, help="a built-in task, or a JSON-lines file")
-    made.add_argument("--method", default="node_masks", choices=["node_masks"])
+    made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    made.add_argument("--method", default="node_masks", help="how nodes are ranked (default node_masks)")
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
     made = add("page", _page, "Write the page of a circuit again, from what the run directory holds.")
@@ -118,10 +120,9 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _tasks(options: argparse.Namespace) -> None:
     from sparsetrain.pruning.measures import score_tasks
-    from sparsetrain.train import pick_device
 
     print(f"{'task':28} {'loss':>6} {'accuracy':>9} {'calibrated':>11} {'pairs told apart':>17}")
-    for score in score_tasks(options.run, options.pairs, pick_device("auto")):
+    for score in score_tasks(options.run, options.pairs, _device(options)):
         if score.loss is None:
             print(f"{score.name:28} not possible with this tokenizer: {score.reason}")
         else:
@@ -140,9 +141,8 @@ def _prune(options: argparse.Namespace) -> None:
         return
     from sparsetrain.analysis.circuit_page import write_page
     from sparsetrain.pruning.prune import Unreached, prune
-    from sparsetrain.train import pick_device
 
-    found = prune(options.run, options.task, config, options.method, pick_device("auto"))
+    found = prune(options.run, options.task, config, options.method, _device(options))
     if isinstance(found, Unreached):
         print(
             f"no circuit of {found.task} reaches {found.target_loss}; the best had {found.best_loss:.3f}: {found.why}"
@@ -151,6 +151,14 @@ def _prune(options: argparse.Namespace) -> None:
     folder = Path(options.run) / "circuits" / found.task / found.method
     print(_measures_table(found))
     print(f"page: {write_page(options.run, folder)}")
+
+
+def _device(options: argparse.Namespace):
+    from sparsetrain.threads import use_faster_count
+    from sparsetrain.train import pick_device
+
+    use_faster_count()
+    return pick_device(options.device)
 
 
 def _page(options: argparse.Namespace) -> None:

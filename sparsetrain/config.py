@@ -47,10 +47,12 @@ class DataOptions:
     hub_split: str = option("train", "split of the Hugging Face data set")
     text_column: str = option("text", "column that holds the text in json, parquet and hub data")
     val_fraction: float = option(0.05, "share of documents held out, chosen by content", "fraction", 0.001, 0.5)
-    max_tokens: int | None = option(None, "stop reading after this many tokens", "tokens", low=1)
+    max_tokens: int | None = option(
+        None, "stop reading at about this many tokens (256 documents at a time)", "tokens", low=1
+    )
     tokenizer: str | None = option(None, "a tokenizer.json to use; null trains a byte-level BPE on the corpus")
     vocab_size: int = option(2048, "vocabulary of the BPE that is trained", "tokens", 257, 65536)
-    tokenizer_bytes: int = option(50_000_000, "text the BPE is trained on, at most", "bytes", low=1000)
+    tokenizer_characters: int = option(50_000_000, "text the BPE is trained on, at most", "characters", low=1000)
     cache: str = option("data", "folder that holds prepared corpora")
 
 
@@ -109,8 +111,8 @@ class OptimOptions:
     gradient: Literal["normalise", "clip", "none"] = option(
         "normalise", "RMS of all gradients: set to 1 always, only if above 1, or left alone"
     )
-    beta1: float = option(0.9, "Adam's first decay", low=0, high=1)
-    beta2: float = option(0.95, "Adam's second decay", low=0, high=1)
+    beta1: float = option(0.9, "Adam's first decay", low=0, high=0.999999)
+    beta2: float = option(0.95, "Adam's second decay", low=0, high=0.999999)
     eps: float = option(0.1, "Adam's epsilon; sized for gradients of RMS 1", low=0)
     weight_decay: float = option(0.1, "decay of matrices, after the projection, times the learning rate", low=0)
 
@@ -161,6 +163,12 @@ class RunConfig:
                 f"sparsity.min_alive must be at most density x d_model = {s.density * m.d_model:g}, "
                 f"got {s.min_alive}; the floor is paid from the same budget"
             )
+        for f in fields(m.abs_topk):
+            share, width = getattr(m.abs_topk, f.name), m.d_model * (m.mlp_ratio if f.name == "mlp_act" else 1)
+            if int(share * width) < 1:
+                found.append(
+                    f"model.abs_topk.{f.name} must keep at least one of {width} channels, got {share}; 1 turns it off"
+                )
         if t.batch_size % t.accumulate:
             found.append(
                 f"train.batch_size must be a multiple of train.accumulate = {t.accumulate}, got {t.batch_size}"
@@ -190,7 +198,7 @@ class PruneConfig:
     temperature: float = option(1.0, "width of the surrogate gradient of the step function", low=1e-6)
     init_mean: float = option(0.1, "mean of the initial mask parameters", low=-1, high=1)
     init_std: float = option(0.01, "their standard deviation", low=0)
-    beta2: float = option(0.95, "AdamW's second decay", low=0, high=1)
+    beta2: float = option(0.95, "AdamW's second decay", low=0, high=0.999999)
     weight_decay: float = option(1e-3, "AdamW's decay of the mask parameters", low=0)
     clean: bool = option(True, "drop nodes one by one at the end while the target still holds")
     reference_tokens: int = option(65_536, "corpus tokens that means are taken over", "tokens", low=1)
@@ -306,12 +314,13 @@ def _build(kind: type[C], leaves: Mapping[str, Any]) -> C:
             OmegaConf.update(tree, key, value)
         except OmegaConfBaseException as error:
             problems.append(f"{key} must be {_type_name(known[key].type)}, got {value!r} ({_first_line(error)})")
-    problems += _out_of_range(tree, known)
-    if problems:
+    try:
+        problems += _out_of_range(tree, known)
+        config = None if problems else OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:  # an interpolation without its target, or a value left as ???
+        problems.append(f"{error.full_key}: {_first_line(error)}")
+    if problems or (problems := getattr(config, "problems", list)()):
         raise ConfigError("\n".join(problems))
-    config = OmegaConf.to_object(tree)
-    if found := getattr(config, "problems", list)():
-        raise ConfigError("\n".join(found))
     return config  # type: ignore[return-value]
 
 

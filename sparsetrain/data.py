@@ -76,8 +76,8 @@ def prepare(options: DataOptions) -> Corpus:
     files, skipped = _screen(options)
     identity = {
         "options": {k: v for k, v in asdict(options).items() if k not in ("cache", "paths", "tokenizer")},
-        "files": files,
-        "tokenizer": file_hash(Path(options.tokenizer)) if options.tokenizer else None,
+        "files": [digest for _, digest in files],  # not their names: a corpus may be moved
+        "tokenizer": _given_tokenizer(options) and file_hash(Path(options.tokenizer)),
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     folder = Path(options.cache) / f"{options.source}-{fingerprint[:12]}"
@@ -143,25 +143,33 @@ def _screen(options: DataOptions) -> tuple[list[tuple[str, str]], Counter]:
     usable, skipped = [], Counter()
     for path in _find_files(options):
         try:
-            content = path.read_bytes()
-            if options.source in ("stdlib", "text"):
-                content.decode("utf-8")
+            reason = _why_unusable(path, options)
+            if reason:
+                skipped[reason] += 1
+            else:
+                usable.append((str(path), file_hash(path)))
         except OSError:
             skipped["unreadable"] += 1
-            continue
-        except UnicodeDecodeError:
-            skipped["not UTF-8"] += 1
-            continue
-        if options.source != "parquet" and b"\0" in content:
-            skipped["binary"] += 1
-        elif not content:
-            skipped["empty"] += 1
-        else:
-            usable.append((str(path), hashlib.sha256(content).hexdigest()))
     if not usable:
         where = ", ".join(options.paths) or "the standard library"
         raise DataError(f"data must hold at least one readable file, got none in {where} (skipped: {dict(skipped)})")
     return usable, skipped
+
+
+def _why_unusable(path: Path, options: DataOptions) -> str | None:
+    if not path.stat().st_size:
+        return "empty"
+    if options.source == "parquet":
+        with open(path, "rb") as file:
+            return None if file.read(4) == b"PAR1" else "not parquet"
+    content = path.read_bytes()
+    if b"\0" in content:
+        return "binary"
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    return None
 
 
 def _find_files(options: DataOptions) -> list[Path]:
@@ -188,25 +196,36 @@ def _documents(options: DataOptions, files: Sequence[tuple[str, str]]) -> Iterat
     from datasets import load_dataset
 
     column = "text" if options.source in ("stdlib", "text") else options.text_column
-    if options.source == "hub":
-        rows = load_dataset(options.hub, options.hub_subset, split=options.hub_split, streaming=True)
-    else:
-        builder = "text" if options.source == "stdlib" else options.source
-        extra = {"sample_by": "document"} if builder == "text" else {}
-        rows = load_dataset(
-            builder, data_files={"train": [f for f, _ in files]}, split="train", streaming=True, **extra
-        )
-    for row in rows:
-        if column not in row:
-            raise DataError(f"data.text_column must be one of {sorted(row)}, got {column!r}")
-        if row[column]:
-            yield row[column]
+    try:
+        if options.source == "hub":
+            rows = load_dataset(options.hub, options.hub_subset, split=options.hub_split, streaming=True)
+        else:
+            builder = "text" if options.source == "stdlib" else options.source
+            extra = {"sample_by": "document"} if builder == "text" else {}
+            names = [glob.escape(name) for name, _ in files]  # load_dataset takes them as patterns
+            rows = load_dataset(builder, data_files={"train": names}, split="train", streaming=True, **extra)
+        for row in rows:
+            if column not in row:
+                raise DataError(f"data.text_column must be one of {sorted(row)}, got {column!r}")
+            if row[column] is not None and not isinstance(row[column], str):
+                raise DataError(f"the column {column} must hold text, got {row[column]!r:.80}; see data.text_column")
+            if row[column]:
+                yield row[column]
+    except DataError:
+        raise
+    except Exception as error:  # datasets, pyarrow and the network each have errors of their own
+        source = options.hub if options.source == "hub" else f"the {options.source} files"
+        raise DataError(f"could not read {source}: {type(error).__name__}: {error}") from error
 
 
-def _tokenizer(options: DataOptions, documents: Iterator[str]) -> Tokenizer:
+def _given_tokenizer(options: DataOptions) -> Tokenizer | None:
+    """The tokenizer that the config names, checked; None where one is to be trained."""
     if not options.tokenizer:
-        return train_tokenizer(_first_bytes(documents, options.tokenizer_bytes), options.vocab_size)
-    tokenizer = Tokenizer.from_file(options.tokenizer)
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(options.tokenizer)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise DataError(f"data.tokenizer must be a readable tokenizer.json, got {options.tokenizer}: {error}") from None
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise DataError(f"the tokenizer {options.tokenizer} must have the token {END_OF_TEXT}, got none")
     if tokenizer.get_vocab_size() > 65536:
@@ -214,7 +233,7 @@ def _tokenizer(options: DataOptions, documents: Iterator[str]) -> Tokenizer:
     return tokenizer
 
 
-def _first_bytes(documents: Iterator[str], limit: int) -> Iterator[str]:
+def _first_characters(documents: Iterator[str], limit: int) -> Iterator[str]:
     seen = 0
     for text in documents:
         if seen >= limit:
@@ -229,7 +248,9 @@ def _write_corpus(
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
     try:
-        tokenizer = _tokenizer(options, _documents(options, files))
+        tokenizer = _given_tokenizer(options) or train_tokenizer(
+            _first_characters(_documents(options, files), options.tokenizer_characters), options.vocab_size
+        )
         tokenizer.save(str(unfinished / "tokenizer.json"))
         counts = _write_tokens(unfinished, options, tokenizer, _documents(options, files), len(files))
         manifest = {
@@ -258,7 +279,7 @@ def _write_tokens(
     progress = tqdm(desc="tokenizing", unit=" documents", total=n_documents or None, disable=None)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val, progress:
         for texts in _batched(documents):
-            for text, encoding in zip(texts, tokenizer.encode_batch_fast(texts), strict=True):
+            for text, encoding in zip(texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
                 side = "val" if _held_out(text, options.val_fraction) else "train"
                 ids = np.asarray([*encoding.ids, end], dtype=np.uint16)
                 (val if side == "val" else train).write(ids.tobytes())

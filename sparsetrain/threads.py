@@ -2,6 +2,7 @@
 
 import os
 import statistics
+import time
 
 
 class Threads:
@@ -17,17 +18,17 @@ class Threads:
     PERIOD, TRIALS = 60, 3
 
     def __init__(self, fixed: int | None):
-        n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.counts = [fixed] if fixed else sorted({1, n_cores})
+        self.counts = [fixed] if fixed else _candidates()
         self.times: dict[int, list[float]] = {}
         self.n_steps = 0
 
     def choose(self) -> int:
         """The number of threads for the next step."""
-        trial, at = divmod(self.n_steps % self.PERIOD, self.TRIALS)
-        if at == 0 and trial == 0:
+        at = self.n_steps % self.PERIOD
+        if at == 0:
             self.times = {n: [] for n in self.counts}
-        if trial < len(self.counts):
+        trial = at // self.TRIALS
+        if trial < len(self.counts):  # the period begins with TRIALS steps of each count
             return self.counts[trial]
         return min(self.counts, key=lambda n: statistics.median(self.times[n]))
 
@@ -35,3 +36,27 @@ class Threads:
         """Note how long a step took."""
         self.times[n_threads].append(seconds)
         self.n_steps += 1
+
+
+def use_faster_count() -> None:
+    """Set torch's threads to one or all, whichever multiplies matrices faster just now; takes some 50 ms."""
+    import torch
+
+    x = torch.zeros(512, 512)
+
+    def seconds(n_threads: int) -> float:
+        torch.set_num_threads(n_threads)
+        x @ x
+        times = []
+        for _ in range(10):
+            began = time.perf_counter()
+            (x @ x).relu_()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    torch.set_num_threads(min(_candidates(), key=seconds))
+
+
+def _candidates() -> list[int]:
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return sorted({1, n_cores})

@@ -48,6 +48,8 @@ class TrainingError(RuntimeError):
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM; the run was checkpointed and can be resumed."""
 
+    exit_status = 130
+
 
 @dataclass
 class Training:

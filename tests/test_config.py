@@ -49,6 +49,9 @@ def test_yaml_and_dict_read_back_to_the_same_config(kind, tmp_path):
         (["data.source=text"], "data.paths must list files, folders or globs when data.source is text"),
         (["train.accumulate=7"], "train.batch_size must be a multiple of train.accumulate = 7, got 64"),
         (["train.steps=[1"], "train.steps must be a YAML value"),
+        (["run.name=${foo}"], "run.name: Interpolation key 'foo' not found"),
+        (["train.steps=???"], "train.steps: "),
+        (["model.abs_topk.q=0.001"], "model.abs_topk.q must keep at least one of 256 channels, got 0.001"),
         (["missing.yaml"], "cannot read the config missing.yaml"),
     ],
 )

@@ -75,8 +75,32 @@ def test_a_tokenizer_file_can_be_given(folder, tmp_path):
     assert again.tokens("train").tolist() == first.tokens("train").tolist()
 
 
-def test_max_tokens_ends_reading(folder, tmp_path):
-    assert sum(prepare(options(folder, tmp_path, max_tokens=10)).manifest["tokens"].values()) >= 10
+def test_max_tokens_ends_reading(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"a_{i} = {i}\n" * 3}) + "\n" for i in range(1000)))
+    totals = [
+        sum(prepare(options(rows, tmp_path / "cache", source="json", max_tokens=n)).manifest["tokens"].values())
+        for n in (None, 2000)
+    ]
+    assert 2000 <= totals[1] < totals[0] / 2
+
+
+def test_folders_with_the_characters_of_patterns_are_read(folder, tmp_path):
+    odd = tmp_path / "odd [1]*"
+    odd.mkdir()
+    for i in range(20):
+        (odd / f"m{i}?.py").write_text((folder / f"m{i:02}.py").read_text())
+    corpus = prepare(options(odd, tmp_path / "cache", val_fraction=0.4))
+    text = "".join(corpus.tokenizer.decode(corpus.tokens(s).tolist()) for s in ("train", "val"))
+    assert all(f"def f{i}(x)" in text for i in range(20))
+
+
+def test_a_moved_corpus_is_the_same_corpus(folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "moved")
+    first = prepare(options(folder, tmp_path / "cache"))
+    assert prepare(options(tmp_path / "moved", tmp_path / "cache")).folder == first.folder
 
 
 @pytest.mark.parametrize(
@@ -92,6 +116,48 @@ def test_an_unusable_corpus_is_refused_and_leaves_nothing(folder, tmp_path, chan
     with pytest.raises(DataError, match=words):
         prepare(options(folder, tmp_path, **changes))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "source, content, words",
+    [
+        ("json", b'{"text": "a"}\n{"text": \n', "could not read the json files"),
+        ("json", b'{"text": 3}\n{"text": 4}\n', "the column text must hold text, got 3"),
+        ("parquet", b"PAR1 but no more", "could not read the parquet files"),
+        ("parquet", b"nothing like it", r"at least one readable file.*'not parquet': 1"),
+        ("json", "{'text': 'é'}".encode("latin-1"), "at least one readable file.*'not UTF-8': 1"),
+    ],
+)
+def test_damaged_files_are_refused_in_words(tmp_path, source, content, words):
+    file = tmp_path / f"rows.{source}"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        prepare(options(file, tmp_path / "cache", source=source))
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"version": "1.0"}'])
+def test_an_unusable_tokenizer_file_is_refused(folder, tmp_path, content):
+    file = tmp_path / "t.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(DataError, match="data.tokenizer must be a readable tokenizer.json, got .*t.json"):
+        prepare(options(folder, tmp_path / "cache", tokenizer=str(file)))
+
+
+def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path):
+    with pytest.raises(DataError, match="could not read nobody/nothing: "):
+        prepare(DataOptions(source="hub", hub="nobody/nothing", cache=str(tmp_path)))
+
+
+def test_a_hub_data_set_is_streamed(tmp_path):
+    """A folder is a data set to `datasets`, read by the same call as one on the hub."""
+    (tmp_path / "set").mkdir()
+    rows = [json.dumps({"content": f"value_{i} = {i}\n" * 9}) + "\n" for i in range(60)]
+    (tmp_path / "set" / "train.jsonl").write_text("".join(rows))
+    made = prepare(
+        options(tmp_path, tmp_path / "cache", source="hub", hub=str(tmp_path / "set"), text_column="content")
+    )
+    assert "value_7 = 7" in made.tokenizer.decode(made.tokens("train").tolist() + made.tokens("val").tolist())
 
 
 def test_batches_are_a_pure_function_of_seed_index_and_rank():

@@ -64,6 +64,15 @@ def test_kernels_know_torch_alone():
     for file, part in sources():
         if part == "kernels":
             assert imported(file) <= {"kernels"}, file
+            names = {
+                name.split(".")[0]
+                for node in ast.walk(ast.parse(file.read_text()))
+                for name in (
+                    [a.name for a in node.names] if isinstance(node, ast.Import)
+                    else [node.module] if isinstance(node, ast.ImportFrom) else []
+                )
+            }  # fmt: skip
+            assert names <= set(sys.stdlib_module_names) | {"torch", "triton", "numpy", "sparsetrain"}, file
 
 
 def test_there_is_no_top_level_package_called_kernels():

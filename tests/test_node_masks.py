@@ -1,5 +1,8 @@
 """Learnt masks and the cut, on a model whose circuit is known by construction."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from sparsetrain.model import Transformer
 from sparsetrain.pruning import evaluate, graph, node_masks
 from sparsetrain.pruning.cut import bisect, find
 from sparsetrain.pruning.evaluate import Ablation
+from sparsetrain.pruning.measures import measure
 from sparsetrain.tasks import TaskData
 
 OFF = [f"model.abs_topk.{s}=1" for s in ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")]
@@ -76,6 +80,30 @@ def test_the_known_circuit_is_found(model, data, ablation):
         {"mlp_in:0", "mlp_act:1", "mlp_out:1", "final_resid:1"},
     )
     assert graph.n_edges(model, cut.nodes) == 2, "the simplest MLP circuit (Gao et al. 2025, footnote 3)"
+
+
+def test_measures_of_the_known_circuit(model, data, ablation):
+    config = load_config(PruneConfig, ["steps=150", "batch_pairs=16", "lr=0.01", "count_penalty=1e-3"])
+    cut, _ = find(model, data, ablation, config)
+    found = measure(model, (data, data), cut, ablation, config)
+    assert (found["n_nodes"], found["n_edges"], found["n_dangling"]) == (4, 2, 0)
+    assert found["task_loss"] < 0.15
+    assert found["full_model_loss"] < 0.01
+    assert found["completeness_loss"] > 0.5, "the model needs the circuit"
+    assert found["random_ablation_loss"] < 0.5 * found["completeness_loss"], "it does not need other nodes"
+    assert found["random_circuit_loss"] > 0.6
+    assert found["agreement"] == 1
+
+
+def test_a_task_that_needs_no_node_has_an_empty_circuit(model, data, ablation):
+    with_table = copy.deepcopy(model)
+    with_table.options = dataclasses.replace(model.options, bigram=True)
+    with_table.bigram = torch.nn.Parameter(torch.zeros(9, 9))
+    with torch.no_grad():
+        with_table.bigram[1, 3] = with_table.bigram[2, 4] = 8.0
+    cut, _ = find(with_table, data, ablation, load_config(PruneConfig, ["steps=5"]))
+    assert cut.reached
+    assert named(cut.nodes) == set()
 
 
 def test_a_search_is_deterministic_and_finds_no_larger_circuit(model, data, ablation):

@@ -112,6 +112,13 @@ def load_circuit(folder: str | Path, device: str | torch.device = "cpu") -> Circ
         raise CircuitError(f"{folder} must hold circuit.json and masks.safetensors, got: {error}") from None
     if not isinstance(read, dict) or read.get("format") != FORMAT:
         raise CircuitError(f"{folder}/circuit.json must have the format {FORMAT}")
+    try:
+        return _circuit(read, tensors)
+    except (KeyError, TypeError) as error:
+        raise CircuitError(f"{folder} holds a damaged circuit: {type(error).__name__} {error}") from None
+
+
+def _circuit(read: dict[str, Any], tensors: NodeSet) -> Circuit:
     sites = read["sites"]
     return Circuit(
         task=read["task"],

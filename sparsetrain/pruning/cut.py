@@ -36,7 +36,13 @@ class Cut:
 def find(
     model: Transformer, data: TaskData, ablation: Ablation, config: PruneConfig, method: str = "node_masks"
 ) -> tuple[Cut, PruneConfig]:
-    """The smallest node set found that reaches the target loss on `data`, and the settings that gave it."""
+    """The smallest node set found that reaches the target loss on `data`, and the settings that gave it.
+
+    Raises:
+        ConfigError: the method is unknown, or a search is asked for without Optuna.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if config.search_trials:
         return _search(model, data, ablation, config, method)
     tau = METHODS[method](model, data, ablation, config)
@@ -54,15 +60,18 @@ def bisect(model: Transformer, data: TaskData, ablation: Ablation, tau: dict[str
     def cut(n: int) -> Cut:
         return _score(model, data, ablation, node_masks.top_nodes(tau, n, config.tie_qk), config)
 
+    best = cut(0)
+    if best.reached:
+        return best
     n_all = sum(len(t) for t in tau.values())
-    best, low, high = cut(0), 0, 1
-    while high <= n_all:
+    low = 0
+    for high in [*(2**i for i in range(n_all.bit_length()) if 2**i < n_all), n_all]:
         tried = cut(high)
         if tried.loss < best.loss:
             best = tried
         if tried.reached:
             break
-        low, high = high, 2 * high if high == n_all else min(2 * high, n_all)
+        low = high
     while best.reached and high - low > 1:
         middle = (low + high) // 2
         tried = cut(middle)
@@ -87,6 +96,8 @@ def clean(model: Transformer, data: TaskData, ablation: Ablation, cut: Cut, conf
     effects = node_effects(model, some, cut.nodes, ablation, cut.calibration, progress.update)
     for site, channel in sorted(effects, key=effects.__getitem__):
         progress.update()
+        if not cut.nodes[site][channel]:
+            continue  # gone with the other half of its pair
         fewer = {s: mask.clone() for s, mask in cut.nodes.items()}
         for s in _together(site, config.tie_qk):
             fewer[s][channel] = False

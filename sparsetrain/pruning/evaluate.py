@@ -150,8 +150,9 @@ def task_score(logits: Tensor, data: TaskData, calibration: Calibration | None =
 
 def calibrate(logits: Tensor, data: TaskData) -> Calibration:
     """Fit the calibration that minimises the task loss of answer logits (N, V); scale stays positive."""
-    difference, side = _difference(logits, data).double(), _side(data).double()
-    log_scale, shift = (torch.zeros((), dtype=torch.float64, device=logits.device).requires_grad_() for _ in "ab")
+    # On the CPU: two scalars are fitted, and a GPU would wait at each of the many small steps.
+    difference, side = _difference(logits, data).double().cpu(), _side(data).double().cpu()
+    log_scale, shift = (torch.zeros((), dtype=torch.float64).requires_grad_() for _ in range(2))
     optimizer = torch.optim.LBFGS([log_scale, shift], max_iter=16, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -184,10 +185,10 @@ def node_effects(
     effects = {}
     for site, mask in nodes.items():
         for channel in mask.nonzero().flatten().tolist():
-            mask[channel] = False
-            loss = task_score(all_answer_logits(model, data, nodes, ablation), data, calibration)[0]
-            mask[channel] = True
-            effects[site, channel] = loss - base
+            fewer = mask.clone()
+            fewer[channel] = False
+            logits = all_answer_logits(model, data, {**nodes, site: fewer}, ablation)
+            effects[site, channel] = task_score(logits, data, calibration)[0] - base
             progress(1)
     return effects
 

@@ -25,7 +25,7 @@ from sparsetrain.pruning.evaluate import (
     random_like,
     task_score,
 )
-from sparsetrain.pruning.graph import complement, full, n_edges, n_nodes
+from sparsetrain.pruning.graph import complement, full, n_edges, n_nodes, without_dangling
 from sparsetrain.tasks import TASKS, TaskData, TaskError, encode_task, load_task, nonsense
 
 
@@ -43,11 +43,13 @@ def measure(
 
     Returns:
         task_loss, task_accuracy: of the circuit alone, calibrated (the target's terms); task_loss_uncalibrated.
-        n_nodes, n_edges; kl: to the full model over the vocabulary, uncalibrated; agreement: share of prompts where
-        circuit and model prefer the same answer. completeness_loss: of the full model with only the circuit ablated.
-        random_ablation_loss: the same for random node sets with as many nodes at each site, mean and standard
-        deviation over `random_sets`; random_circuit_loss: such sets alone, calibrated. full_model_loss and
-        full_model_accuracy: uncalibrated; full_model_loss_calibrated: on the circuit's own terms.
+        n_nodes, n_edges; n_dangling: nodes on no path that the target could not spare (see `cut.clean`).
+        kl: to the full model over the vocabulary, uncalibrated; agreement: share of prompts where circuit and model
+        prefer the same answer.
+        completeness_loss: of the full model with only the circuit ablated; random_ablation_loss: the same for random
+        node sets with as many nodes at each site, mean and standard deviation over `random_sets`.
+        random_circuit_loss: such sets alone, calibrated.
+        full_model_loss, full_model_accuracy: uncalibrated; full_model_loss_calibrated: on the circuit's own terms.
     """
     train, heldout = data
     fitted = train.take(slice(0, len(heldout)))
@@ -77,6 +79,7 @@ def measure(
         "task_loss_uncalibrated": task_score(alone, heldout)[0],
         "n_nodes": n_nodes(cut.nodes),
         "n_edges": n_edges(model, cut.nodes),
+        "n_dangling": n_nodes(cut.nodes) - n_nodes(without_dangling(model, cut.nodes)),
         "kl": kl_divergence(full_logits, alone),
         "agreement": same.float().mean().item(),
         "completeness_loss": task_score(without, heldout)[0],

@@ -57,7 +57,9 @@ def rank_nodes(model: Transformer, data: TaskData, ablation: Ablation, options: 
     optimizer = torch.optim.AdamW(
         free.values(), lr=options.lr, betas=(0.9, options.beta2), eps=1e-8, weight_decay=options.weight_decay
     )
-    model.requires_grad_(False)
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(False)
     for step in tqdm(range(options.steps), desc="learning masks", unit=" steps", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = options.lr * (1 - step / options.steps)
@@ -73,7 +75,8 @@ def rank_nodes(model: Transformer, data: TaskData, ablation: Ablation, options: 
         with torch.no_grad():
             for t in free.values():
                 t.clamp_(-1, 1)
-    model.requires_grad_(True)
+    for p in frozen:
+        p.requires_grad_(True)
     return {site: t.detach() for site, t in tau.items()}
 
 

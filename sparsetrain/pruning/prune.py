@@ -7,6 +7,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -65,6 +66,7 @@ def prune(
         answer = Unreached(chosen.name, cut.loss, config.target_loss, full_loss, _why(cut, full_loss, config))
         with checkpoint.whole_folder(folder) as unfinished:
             (unfinished / "metrics.json").write_text(json.dumps(dataclasses.asdict(answer), indent=1) + "\n")
+        _summarise(run, {"task": chosen.name, **dataclasses.asdict(answer)})
         return answer
     measures = measure(model, (train, heldout), cut, ablation, config)
     if config.nonsense:
@@ -76,7 +78,7 @@ def prune(
         {"prune": dataclasses.asdict(used), "run": run.name, "task": _task_reference(task)},
     )  # fmt: skip
     save_circuit(folder, circuit)
-    _summarise(run, circuit)
+    _summarise(run, {"task": circuit.task, **circuit.measures})
     return circuit
 
 
@@ -87,11 +89,11 @@ def corpus_tokens(run: Path, config: RunConfig, n_tokens: int) -> list[Tensor]:
     return [x for x, _ in evaluation_batches(tokens, -(-n_windows // 32), 32, config.model.n_ctx)]
 
 
-def _summarise(run: Path, circuit: Circuit) -> None:
-    """Name the newest circuit and its main numbers in the run's summary."""
+def _summarise(run: Path, newest: dict[str, Any]) -> None:
+    """Put the newest circuit's numbers, or why there is none, into the run's summary."""
     file = run / "summary.json"
     summary = json.loads(file.read_text()) if file.exists() else {}
-    summary["circuit"] = {"task": circuit.task, **circuit.measures}
+    summary["circuit"] = newest
     checkpoint.write_json(file, summary)
 
 
