@@ -168,7 +168,7 @@ def test_initial_weights_follow_the_seed_and_gpt2s_rule():
     assert not a.blocks[0].mlp.up.bias.any()
 
 
-def test_compiled_and_bfloat16_models_agree_with_the_plain_one():
+def test_a_bfloat16_model_agrees_with_the_plain_one():
     model = build()
     with torch.autocast("cpu", torch.bfloat16):
         low = model(tokens())

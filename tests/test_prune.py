@@ -103,6 +103,13 @@ def test_scores_cover_every_task_or_say_why_not(tiny_run):
     assert any(s.loss is not None and s.examples for s in scores)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_a_circuit_too(tiny_run, task):
+    found = prune(tiny_run, task, load_config(PruneConfig, [*QUICK, "target_loss=0.6"]), device="cuda")
+    assert isinstance(found, Circuit)
+    assert found.measures["train_loss"] <= 0.6
+
+
 def test_an_unknown_task_is_refused(tiny_run):
     with pytest.raises(TaskError, match="nearest names"):
         prune(tiny_run, "single_quote", load_config(PruneConfig, QUICK))

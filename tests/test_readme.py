@@ -2,11 +2,15 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from sparsetrain.config import PruneConfig, load_config
+from sparsetrain.pruning.prune import prune
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -44,25 +48,36 @@ def test_make_targets_exist():
     assert all(re.search(rf"^{name}:", makefile, re.M) for name in named)
 
 
-def test_the_python_example_runs(tiny_run, place, monkeypatch):
+def test_the_python_example_runs(tiny_run, tmp_path, monkeypatch):
     (code,) = blocks("python")
-    monkeypatch.chdir(tiny_run.parent)
-    code = code.replace("runs/quickstart/circuits", "absent").replace("runs/quickstart", tiny_run.name)
+    shutil.copytree(tiny_run, tmp_path / "runs" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    settings = ["steps=5", "train_pairs=4", "heldout_pairs=4", "reference_tokens=64", "target_loss=9", "nonsense=false"]
+    prune("runs/quickstart", "single_double_quote", load_config(PruneConfig, settings))
     code = code.replace("tokens = ...", "import torch; tokens = torch.zeros(1, 4, dtype=torch.int64)")
-    before_circuit = code.split("circuit = ")[0]
     names: dict = {}
-    exec(before_circuit, names)
+    exec(code, names)
     assert names["logits"].shape == (1, 4, 400)
     assert names["seen"]["blocks.1.mlp_act"].shape == (1, 4, 128)
+    assert names["circuit"].task == "single_double_quote"
 
 
-def test_the_tree_names_what_is_there():
+def test_the_tree_is_the_house_in_both_directions():
     tree = README.split("## The house")[1].split("```")[1]
-    folder = ""
+    named, folder, inside = set(), "", ""
     for line in tree.strip().splitlines():
-        names = re.findall(r"[\w/]+(?:\.py|\.c|\.md|\.yaml|/)", line.split("  ")[0] + " " + line[:20])
         if line[0] != " ":
-            folder = names[0]
-        for name in names:
-            path = ROOT / name if line[0] != " " else ROOT / folder / name
-            assert path.exists(), f"{path} is in the README's tree"
+            folder = inside = line.split()[0]
+        elif line[2] != " ":
+            first = line.split()[0]
+            inside = folder + first if first.endswith("/") else folder
+        for name in re.findall(r"[\w/]+\.(?:py|c|md|yaml|js)\b", line):
+            assert (ROOT / inside / name).exists(), f"{inside}{name} is in the README's tree"
+            named.add(f"{inside}{name}")
+    there = {
+        str(file.relative_to(ROOT))
+        for folder in ("kernels", "sparsetrain", "analysis")
+        for file in (ROOT / folder).rglob("*.py")
+        if not file.name.startswith("__") and not {"kernels", "analysis"} & set(file.relative_to(ROOT).parts[1:-1])
+    }
+    assert there <= named, f"missing in the README's tree: {sorted(there - named)}"

@@ -1,6 +1,7 @@
 """The loop: invariants after every step, exact resumption, and what happens when something goes wrong."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from sparsetrain.data import batch
 from sparsetrain.train import TrainingError, _start, evaluate, train, train_step
 
 GOLDEN_STEPS = 12
+GOLDEN_CURVE = [5.7255, 5.719, 5.4198, 5.164, 4.8864, 4.6357, 4.4486, 4.1027, 3.9237, 3.81, 3.7299, 3.6907]
 
 
 def lines(run_dir):
@@ -89,6 +91,57 @@ def test_a_step_is_the_paper_s_recipe_written_out(tiny, tmp_path):
             for name, p in twin.model.named_parameters():
                 if p.dim() > 1 and name != "bigram":
                     p -= lr * c.weight_decay * p
+
+
+def test_the_golden_loss_curve(tiny, tmp_path):
+    """Recorded losses: a change of initialisation, batches, model, optimiser or projection shows here."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(60):
+        lines_of = [f"def f{i}_{j}(a{j}, b):\n    return a{j} + b * {i * j % 17}\n\n" for j in range(12)]
+        (text / f"m{i:02}.py").write_text("".join(lines_of))
+    arguments = [*tiny, f"run.out={tmp_path}", f"data.paths=[{text}]", f"data.cache={tmp_path}", "data.vocab_size=300"]
+    _, losses = steps_of(load_config(RunConfig, arguments), len(GOLDEN_CURVE))
+    assert losses == pytest.approx(GOLDEN_CURVE, abs=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads_do_not_change_the_bits_of_a_step_of_the_quickstarts_size(tiny, tmp_path, dtype):
+    """Large enough that torch shares out every kind of work."""
+    arguments = [*tiny, "model.d_model=128", "model.d_head=16", "model.n_ctx=64", "train.batch_size=32",
+                 "sparsity.density=0.1", f"run.dtype={dtype}"]  # fmt: skip
+    states = []
+    for n in (1, 4):
+        torch.set_num_threads(n)
+        run, losses = steps_of(load_config(RunConfig, [*arguments, f"run.out={tmp_path}/{n}"]), 2)
+        states.append((losses, run.model.state_dict()))
+    torch.set_num_threads(1)
+    assert states[0][0] == states[1][0]
+    assert same(states[0][1], states[1][1])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_run_follows_the_same_curve(tiny, tmp_path):
+    small = [*tiny, "model.n_layers=1", "train.steps=5"]
+    config = load_config(RunConfig, [*small, f"run.out={tmp_path}", "run.compile=true"])
+    plain = steps_of(load_config(RunConfig, [*small, f"run.out={tmp_path}/plain"]), 5)[1]
+    logged = {row["step"]: row["loss/train"] for row in lines(train(config)) if "loss/train" in row}
+    assert logged[5] == pytest.approx(plain[4], abs=2e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_follows_the_same_curve(tiny, tmp_path):
+    curves = []
+    for device in ("cpu", "cuda"):
+        config = load_config(RunConfig, [*tiny, f"run.out={tmp_path}/{device}", f"run.device={device}"])
+        run = _start(config)
+        losses = []
+        for i in range(6):
+            x, y = batch(run.corpus.tokens("train"), 0, i, 0, 4, 32)
+            losses.append(train_step(run, run.model, x.to(run.device), y.to(run.device))[0].item())
+        curves.append(losses)
+    assert curves[1] == pytest.approx(curves[0], abs=2e-3)
 
 
 def test_training_lowers_the_loss(tiny, tmp_path):

@@ -1,0 +1,48 @@
+"""Circuit files: what is not whole or not ours is refused in words."""
+
+import json
+
+import pytest
+import torch
+
+from sparsetrain.pruning.circuit import Circuit, CircuitError, Edge, load_circuit, save_circuit
+from sparsetrain.pruning.evaluate import Ablation, Calibration
+
+
+@pytest.fixture
+def circuit() -> Circuit:
+    sites = {"blocks.0.mlp_in": 3, "blocks.0.mlp_act": 4, "final_resid": 3}
+    nodes = {s: torch.zeros(n, dtype=torch.bool) for s, n in sites.items()}
+    nodes["blocks.0.mlp_in"][2] = nodes["blocks.0.mlp_act"][1] = True
+    ablation = Ablation("mean_data", {s: torch.randn(n) for s, n in sites.items()})
+    edges = [Edge("blocks.0.mlp_in:2", "blocks.0.mlp_act:1", "blocks.0.mlp.up.weight", 0.5)]
+    return Circuit("made", "node_masks", nodes, edges, ablation, Calibration(2.0, -1.0),
+                   {"blocks.0.mlp_in:2": 0.25}, {"kl": 1.5}, {"run": "x"})  # fmt: skip
+
+
+def test_a_circuit_reads_back_as_it_was(circuit, tmp_path):
+    save_circuit(tmp_path / "c", circuit)
+    read = load_circuit(tmp_path / "c")
+    assert read.node_names() == ["blocks.0.mlp_in:2", "blocks.0.mlp_act:1"]
+    for name in ("task", "method", "edges", "calibration", "effects", "measures", "settings"):
+        assert getattr(read, name) == getattr(circuit, name), name
+    assert all(torch.equal(read.ablation.values[s], v) for s, v in circuit.ablation.values.items())
+
+
+def test_damaged_and_foreign_files_are_refused(circuit, tmp_path):
+    save_circuit(tmp_path / "c", circuit)
+    file = tmp_path / "c" / "circuit.json"
+    whole = json.loads(file.read_text())
+    for content, words in (
+        ("{", "must hold circuit.json and masks.safetensors"),
+        (json.dumps({**whole, "format": "other"}), "must have the format sparsetrain-circuit-1"),
+        (json.dumps({**whole, "sites": ["blocks.9.q"]}), "holds a damaged circuit"),
+        (json.dumps({k: v for k, v in whole.items() if k != "edges"}), "holds a damaged circuit: KeyError 'edges'"),
+    ):
+        file.write_text(content)
+        with pytest.raises(CircuitError, match=words):
+            load_circuit(tmp_path / "c")
+    file.write_text(json.dumps(whole))
+    (tmp_path / "c" / "masks.safetensors").write_bytes(b"short")
+    with pytest.raises(CircuitError, match="must hold circuit.json and masks.safetensors"):
+        load_circuit(tmp_path / "c")
