@@ -34,6 +34,7 @@ def cautions(measures: Measures) -> list[str]:
     found = []
     for caution in (
         _missed_target, _better_than_model, _rests_on_calibration, _not_needed, _other_predictions, _nonsense_as_easy,
+        _dangles,
     ):  # fmt: skip
         try:
             text = caution(measures)
@@ -56,7 +57,8 @@ def _size(m: Measures) -> Reading:
 def _loss(m: Measures) -> Reading:
     return Reading(
         "Task loss", _shown(m["task_loss"]),
-        f"target {m['target_loss']:g}; full model {_shown(m['full_model_loss'])}; chance {_shown(m['chance_loss'])}",
+        f"target {m['target_loss']:g}; full model, calibrated alike, {_shown(m['full_model_loss_calibrated'])}; "
+        f"chance {_shown(m['chance_loss'])}",
         "How badly the circuit alone chooses between right and wrong answer on held-out prompts, with everything "
         "else ablated, after fitting one scale and one shift.",
     )  # fmt: skip
@@ -127,12 +129,21 @@ def _missed_target(m: Measures) -> str | None:
 
 
 def _better_than_model(m: Measures) -> str | None:
-    if m["task_loss"] >= m["full_model_loss"]:
+    if m["task_loss"] >= m["full_model_loss_calibrated"]:
         return None
     return (
-        f"The circuit's loss ({_shown(m['task_loss'])}) is below the full model's ({_shown(m['full_model_loss'])}): "
-        "masks and calibration have learnt some of the task themselves. Do not read the difference as the model's own "
-        "ability."
+        f"The circuit's loss ({_shown(m['task_loss'])}) is below the full model's, calibrated alike "
+        f"({_shown(m['full_model_loss_calibrated'])}): the masks have learnt some of the task themselves. Do not read "
+        "the difference as the model's own ability."
+    )
+
+
+def _dangles(m: Measures) -> str | None:
+    if not m["n_dangling"]:
+        return None
+    return (
+        f"{m['n_dangling']} of the nodes lie on no path from the tokens to the logits, yet the target is missed without "
+        "them: they act through the scale of a norm, or as constants."
     )
 
 
