@@ -142,8 +142,8 @@ def _dangles(m: Measures) -> str | None:
     if not m["n_dangling"]:
         return None
     return (
-        f"{m['n_dangling']} of the nodes lie on no path from the tokens to the logits, yet the target is missed without "
-        "them: they act through the scale of a norm, or as constants."
+        f"{m['n_dangling']} of the nodes lie on no path from the tokens to the logits, yet the target is missed "
+        "without them: they act through the scale of a norm, or as constants."
     )
 
 

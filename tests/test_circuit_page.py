@@ -34,7 +34,8 @@ QUIET = [
 MEASURES = {
     "task_loss": 0.2, "task_accuracy": 0.9, "task_loss_uncalibrated": 0.5, "n_nodes": 40, "n_edges": 80, "kl": 0.5,
     "agreement": 0.95, "completeness_loss": 1.1, "random_ablation_loss": 0.12, "random_ablation_loss_std": 0.02,
-    "random_circuit_loss": 0.68, "full_model_loss": 0.1, "full_model_loss_calibrated": 0.08, "n_dangling": 0, "full_model_accuracy": 0.97, "target_loss": 0.25,
+    "random_circuit_loss": 0.68, "full_model_loss": 0.1, "full_model_loss_calibrated": 0.08, "n_dangling": 0,
+    "full_model_accuracy": 0.97, "target_loss": 0.25,
     "train_loss": 0.19, "chance_loss": 0.693,
     "nonsense": {"answers": [" a", " b"], "reached": True, "task_loss": 0.24, "task_accuracy": 0.9, "n_nodes": 400,
                  "n_edges": 900, "full_model_loss": 1.4},
