@@ -1,5 +1,7 @@
 """The config: round trips, overrides, and errors that name the key."""
 
+from pathlib import Path
+
 import pytest
 
 from sparsetrain.config import (
@@ -59,6 +61,17 @@ def test_errors_name_the_key_the_value_and_the_remedy(arguments, words):
     with pytest.raises(ConfigError) as error:
         load_config(RunConfig, arguments)
     assert words in str(error.value)
+
+
+def test_every_config_of_the_repository_loads():
+    folder = Path(__file__).parents[1] / "configs"
+    assert load_config(PruneConfig, [str(folder / "quickstart-prune.yaml")]).target_loss == 0.05
+    quickstart = str(folder / "quickstart.yaml")
+    dense = load_config(RunConfig, [quickstart, str(folder / "quickstart-dense.yaml")])
+    assert dense.model.abs_topk.mlp_act == dense.sparsity.density == 1
+    assert dense.model.d_model == load_config(RunConfig, [quickstart]).model.d_model
+    paper = load_config(RunConfig, [str(folder / "paper.yaml")])
+    assert paper.train.steps * paper.train.batch_size * paper.model.n_ctx == pytest.approx(32e9, rel=1e-5)
 
 
 def test_all_problems_are_listed_at_once():
