@@ -6,7 +6,6 @@ JSON: `page-data`, all that is shown, and `figure-data`, the picture. The templa
 
 import html
 import json
-import os
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -17,7 +16,7 @@ from bokeh.resources import Resources
 from sparsetrain.analysis.circuit_data import Text, page_data
 from sparsetrain.analysis.circuit_figure import circuit_figure
 from sparsetrain.analysis.snippets import corpus_windows
-from sparsetrain.checkpoint import load_run, run_corpus
+from sparsetrain.checkpoint import load_run, run_corpus, write_whole
 from sparsetrain.pruning.circuit import load_circuit
 from sparsetrain.tasks import encode_task, load_task
 
@@ -81,7 +80,9 @@ def write_page(run: str | Path, circuit_folder: str | Path) -> Path:
     data, layout = page_data(circuit, Text(tokenizer, windows, prompts), model, config)
     data = {"task": words, "load_from": Path(run).as_posix(), **data}
     title = f"{task.name}: a circuit of {data['facts']['run']}"
-    return _write_whole(Path(circuit_folder) / "circuit.html", _fill(title, data, circuit_figure(data, layout)))
+    page = Path(circuit_folder) / "circuit.html"
+    write_whole(page, _fill(title, data, circuit_figure(data, layout)).encode())
+    return page
 
 
 def _fill(title: str, data: dict[str, Any], figure: dict[str, Any]) -> str:
@@ -102,13 +103,3 @@ def _json(value: Any) -> str:
 
 def _read(name: str) -> str:
     return resources.files("sparsetrain.analysis").joinpath(name).read_text(encoding="utf-8")
-
-
-def _write_whole(path: Path, text: str) -> Path:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path

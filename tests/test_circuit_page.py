@@ -18,7 +18,7 @@ from sparsetrain.analysis.circuit_data import FORMAT
 from sparsetrain.analysis.circuit_layout import Layout, channel_of, edge_length, lay_out, site_of
 from sparsetrain.analysis.circuit_page import write_page
 from sparsetrain.analysis.readings import cautions, readings
-from sparsetrain.checkpoint import load_run
+from sparsetrain.checkpoint import CheckpointError, load_run
 from sparsetrain.config import ModelOptions
 from sparsetrain.pruning.circuit import Circuit, edges_between, load_circuit, save_circuit
 from sparsetrain.pruning.evaluate import Ablation, Calibration
@@ -277,16 +277,19 @@ def test_the_page_is_the_same_each_time(folder, tiny_run):
 
 
 def test_the_page_is_written_whole_or_not_at_all(folder, tiny_run, monkeypatch):
-    before = (folder / "circuit.html").read_bytes()
+    page = folder / "circuit.html"
+    whole = page.read_bytes()
+    page.write_text("an older page")
 
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full; what was there before is untouched"):
         write_page(tiny_run, folder)
-    assert (folder / "circuit.html").read_bytes() == before
+    assert page.read_text() == "an older page"
     assert {f.name for f in folder.iterdir()} == {"circuit.html", "circuit.json", "masks.safetensors", "metrics.json"}
+    page.write_bytes(whole)
 
 
 def test_a_circuit_without_nodes_has_a_page(folder, tiny_run, tmp_path):
