@@ -121,6 +121,8 @@ def _prepare(options: argparse.Namespace) -> None:
 def _tasks(options: argparse.Namespace) -> None:
     from sparsetrain.pruning.measures import score_tasks
 
+    # Which first tokens stand for answers of several is seen with --examples; here it would tear the table apart.
+    logging.getLogger("sparsetrain.tasks").setLevel(logging.WARNING)
     print(f"{'task':28} {'loss':>6} {'accuracy':>9} {'calibrated':>11} {'pairs told apart':>17}")
     for score in score_tasks(options.run, options.pairs, _device(options)):
         if score.loss is None:
