@@ -34,11 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except ConfigError as error:  # before the other errors' modules, which take seconds to import
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         if not isinstance(error, _expected_errors()):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 1)
+        status = getattr(error, "exit_status", 1)
+        print(error if status == 130 else f"error: {error}", file=sys.stderr)
+        return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,7 +137,11 @@ def _tasks(options: argparse.Namespace) -> None:
         if options.examples:
             for prompt, answer in score.examples:
                 print(f"    {prompt!r} -> {answer!r}")
-    print("chance: loss 0.693, 50 %. Prune what has a low calibrated loss: see `sparsetrain prune --help`.")
+    print(
+        "chance: loss 0.693, 50 %. calibrated: the loss after fitting one scale and one shift, as for circuits. pairs\n"
+        "told apart: the right answer is likelier after its own prompt than after the other. Prune what has a low\n"
+        "calibrated loss: see `sparsetrain prune --help`."
+    )
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -142,6 +150,7 @@ def _prune(options: argparse.Namespace) -> None:
         print(config_to_yaml(config), end="")
         return
     from sparsetrain.analysis.circuit_page import write_page
+    from sparsetrain.analysis.readings import cautions
     from sparsetrain.pruning.prune import Unreached, prune
 
     found = prune(options.run, options.task, config, options.method, _device(options))
@@ -152,6 +161,8 @@ def _prune(options: argparse.Namespace) -> None:
         return
     folder = Path(options.run) / "circuits" / found.task / found.method
     print(_measures_table(found))
+    for caution in cautions(found.measures):
+        print(f"  - {caution}")
     print(f"page: {write_page(options.run, folder)}")
 
 
@@ -173,8 +184,11 @@ def _measures_table(circuit) -> str:
     m = circuit.measures
     rows = [
         ("circuit", f"{m['n_nodes']} nodes, {m['n_edges']} edges"),
-        ("its held-out task loss", f"{m['task_loss']:.3f}   (target {m['target_loss']}, chance 0.693)"),
-        ("its accuracy", f"{m['task_accuracy']:.1%}"),
+        (
+            "its held-out task loss",
+            f"{m['task_loss']:.3f} +- {m['task_loss_se']:.3f}   (target {m['target_loss']}, chance 0.693)",
+        ),
+        ("its accuracy", f"{m['task_accuracy']:.1%} of {m['n_prompts']} prompts"),
         (
             "full model's task loss",
             f"{m['full_model_loss']:.3f}   (calibrated alike {m['full_model_loss_calibrated']:.3f})",

@@ -41,7 +41,7 @@ class DataOptions:
     source: Literal["stdlib", "text", "json", "parquet", "hub"] = option(
         "stdlib", "stdlib: Python source of this interpreter's standard library; hub: a Hugging Face data set"
     )
-    paths: list[str] = option([], "files, folders or globs; for text, json and parquet")
+    paths: list[str] = option([], "files, globs, or folders (.txt .md .py .rst; .json .jsonl; .parquet)")
     hub: str | None = option(None, "name of a Hugging Face data set, read as a stream")
     hub_subset: str | None = option(None, "configuration of the Hugging Face data set")
     hub_split: str = option("train", "split of the Hugging Face data set")
@@ -161,7 +161,7 @@ class RunConfig:
         elif int(s.density * m.d_model) < s.min_alive and s.density < 1:
             found.append(
                 f"sparsity.min_alive must be at most density x d_model = {s.density * m.d_model:g}, "
-                f"got {s.min_alive}; the floor is paid from the same budget"
+                f"got {s.min_alive}; lower it, since the floor is paid from the same budget"
             )
         for f in fields(m.abs_topk):
             share, width = getattr(m.abs_topk, f.name), m.d_model * (m.mlp_ratio if f.name == "mlp_act" else 1)

@@ -182,7 +182,8 @@ def _find_files(options: DataOptions) -> list[Path]:
     for name in options.paths:
         here = Path(name).expanduser()
         if here.is_dir():
-            paths.update(p for p in here.rglob("*") if p.suffix in suffixes and p.is_file())
+            inside = (p for p in here.rglob("*") if p.suffix in suffixes and p.is_file())
+            paths.update(p for p in inside if not any(part.startswith(".") for part in p.relative_to(here).parts))
         elif matches := glob.glob(str(here), recursive=True):
             paths.update(p for m in matches if (p := Path(m)).is_file())
         else:

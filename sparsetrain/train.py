@@ -167,7 +167,8 @@ def _start(config: RunConfig) -> Training:
             )
         checkpoint.restore(newest, model, run.optimizer)
         run.step, run.seconds = state["step"], state["seconds"]
-        log.info("resuming %s at step %d", run_dir, run.step)
+        doing = "resuming" if run.step < config.train.steps else "nothing left to train in"
+        log.info("%s %s, at step %d", doing, run_dir, run.step)
     return run
 
 

@@ -19,6 +19,8 @@ def folder(tmp_path_factory):
     (root / "binary.txt").write_bytes(b"ab\0cd")
     (root / "empty.py").write_text("")
     (root / "picture.png").write_bytes(b"\x89PNG")
+    (root / ".git").mkdir()
+    (root / ".git" / "hidden.md").write_text("not part of the corpus\n")
     return root
 
 

@@ -8,7 +8,7 @@ import torch
 import sparsetrain
 from sparsetrain.config import PruneConfig, load_config
 from sparsetrain.pruning import graph
-from sparsetrain.pruning.circuit import Circuit, CircuitError, edges_between, load_circuit
+from sparsetrain.pruning.circuit import Circuit, edges_between, load_circuit
 from sparsetrain.pruning.measures import score_tasks
 from sparsetrain.pruning.prune import Unreached, prune
 from sparsetrain.tasks import TaskError
@@ -90,9 +90,14 @@ def test_an_unreachable_target_is_an_answer(tiny_run, task):
     assert answer.best_loss > 0
     assert "above the target" in answer.why or "no size of circuit" in answer.why
     folder = tiny_run / "circuits" / "self_or_none" / "node_masks"
-    assert [p.name for p in folder.iterdir()] == ["metrics.json"], "no circuit that would mislead"
-    with pytest.raises(CircuitError, match="must hold circuit.json and masks.safetensors"):
-        load_circuit(folder)
+    assert json.loads((folder / "unreached.json").read_text())["best_loss"] == answer.best_loss
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    assert summary["circuit"]["why"] == answer.why, "no circuit that would mislead"
+
+
+def test_an_unreachable_target_leaves_an_earlier_circuit_alone(found, tiny_run, task):
+    prune(tiny_run, task, load_config(PruneConfig, [*QUICK, "target_loss=0", "steps=3"]))
+    assert load_circuit(tiny_run / "circuits" / "self_or_none" / "node_masks").node_names() == found.node_names()
 
 
 def test_scores_cover_every_task_or_say_why_not(tiny_run):

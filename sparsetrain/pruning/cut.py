@@ -1,6 +1,7 @@
 """From a ranking of nodes to the smallest node set found that reaches the target loss."""
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +20,8 @@ from sparsetrain.pruning.evaluate import (
 )
 from sparsetrain.pruning.graph import NodeSet, n_edges, n_nodes, without_dangling
 from sparsetrain.tasks import TaskData
+
+log = logging.getLogger(__name__)
 
 METHODS = {"node_masks": node_masks.rank_nodes}
 
@@ -45,8 +48,10 @@ def find(
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if config.search_trials:
         return _search(model, data, ablation, config, method)
+    log.info("learning masks, %d steps", config.steps)
     tau = METHODS[method](model, data, ablation, config)
     cut = bisect(model, data, ablation, tau, config)
+    log.info("cut at %d nodes: loss %.3f, target %s", n_nodes(cut.nodes), cut.loss, "met" if cut.reached else "missed")
     return (clean(model, data, ablation, cut, config) if cut.reached else cut), config
 
 

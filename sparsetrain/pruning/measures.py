@@ -23,6 +23,7 @@ from sparsetrain.pruning.evaluate import (
     calibrate,
     kl_divergence,
     random_like,
+    task_losses,
     task_score,
 )
 from sparsetrain.pruning.graph import complement, full, n_edges, n_nodes, without_dangling
@@ -42,7 +43,8 @@ def measure(
         config: for the number of random sets and the seed.
 
     Returns:
-        task_loss, task_accuracy: of the circuit alone, calibrated (the target's terms); task_loss_uncalibrated.
+        task_loss, task_accuracy: of the circuit alone, calibrated (the target's terms); task_loss_se: the loss's
+        standard error over the `n_prompts` held-out prompts; task_loss_uncalibrated.
         n_nodes, n_edges; n_dangling: nodes on no path that the target could not spare (see `cut.clean`).
         kl: to the full model over the vocabulary, uncalibrated; agreement: share of prompts where circuit and model
         prefer the same answer.
@@ -75,7 +77,9 @@ def measure(
     same = (cut.calibration(alone, heldout) > 0) == (Calibration()(full_logits, heldout) > 0)
     return {
         "task_loss": loss,
+        "task_loss_se": _standard_error(task_losses(cut.calibration(alone, heldout))),
         "task_accuracy": accuracy,
+        "n_prompts": len(heldout),
         "task_loss_uncalibrated": task_score(alone, heldout)[0],
         "n_nodes": n_nodes(cut.nodes),
         "n_edges": n_edges(model, cut.nodes),
@@ -93,6 +97,10 @@ def measure(
         "train_loss": cut.loss,
         "chance_loss": CHANCE,
     }
+
+
+def _standard_error(losses: Tensor) -> float:
+    return (losses.std() / len(losses) ** 0.5).item()
 
 
 def nonsense_control(

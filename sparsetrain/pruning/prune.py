@@ -5,6 +5,7 @@ run -> Transformer, tokenizer -> task prompts -> masks -> node set -> Circuit ->
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from sparsetrain.config import PruneConfig, RunConfig
 from sparsetrain.data import evaluation_batches
 from sparsetrain.pruning.circuit import Circuit, edges_between, save_circuit
 from sparsetrain.pruning.cut import Cut, find
-from sparsetrain.pruning.evaluate import build_ablation, node_effects, task_score
+from sparsetrain.pruning.evaluate import build_ablation, calibrate, node_effects, task_score
+from sparsetrain.pruning.graph import n_nodes
 from sparsetrain.pruning.measures import full_model_logits, measure, nonsense_control
 from sparsetrain.tasks import TASKS, encode_task, load_task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def prune(
         device: where to compute.
 
     Returns:
-        The circuit, saved under `run`/circuits/<task>/<method>/, or Unreached, saved there as metrics.json alone.
+        The circuit, saved under `run`/circuits/<task>/<method>/, or Unreached, saved there as unreached.json.
 
     Raises:
         TaskError: the task is unknown, or its answers are not single tokens of the run's tokenizer.
@@ -58,18 +62,22 @@ def prune(
         encode_task(chosen, tokenizer, n, split, config.seed, run_config.model.n_ctx).to(device)
         for split, n in (("train", config.train_pairs), ("heldout", config.heldout_pairs))
     )
+    log.info("task %s: %d prompts to learn on, %d held out", chosen.name, len(train), len(heldout))
     ablation = build_ablation(model, config.ablation, corpus_tokens(run, run_config, config.reference_tokens), train)
     cut, used = find(model, train, ablation, config, method)
     folder = run / "circuits" / chosen.name / method
-    full_loss = task_score(full_model_logits(model, heldout), heldout)[0]
+    full_logits = full_model_logits(model, heldout)
+    full_loss = task_score(full_logits, heldout, calibrate(full_model_logits(model, train), train))[0]
     if not cut.reached:
         answer = Unreached(chosen.name, cut.loss, config.target_loss, full_loss, _why(cut, full_loss, config))
-        with checkpoint.whole_folder(folder) as unfinished:
-            (unfinished / "metrics.json").write_text(json.dumps(dataclasses.asdict(answer), indent=1) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)  # a circuit found earlier, with other settings, stays
+        checkpoint.write_json(folder / "unreached.json", dataclasses.asdict(answer))
         _summarise(run, {"task": chosen.name, **dataclasses.asdict(answer)})
         return answer
+    log.info("measuring %d nodes on held-out prompts", n_nodes(cut.nodes))
     measures = measure(model, (train, heldout), cut, ablation, config)
     if config.nonsense:
+        log.info("the same search for nonsense answers")
         measures["nonsense"] = nonsense_control(model, tokenizer, (train, heldout), ablation, used, method)
     effects = node_effects(model, heldout, cut.nodes, ablation, cut.calibration)
     circuit = Circuit(
@@ -105,10 +113,10 @@ def _task_reference(task: str) -> str:
 def _why(cut: Cut, full_loss: float, config: PruneConfig) -> str:
     if full_loss > config.target_loss:
         return (
-            f"the full model itself has a held-out loss of {full_loss:.3f}, above the target of "
-            f"{config.target_loss}: it has not learnt the task; train longer, or prune another task"
+            f"the full model itself, calibrated alike, has a held-out loss of {full_loss:.3f}, above the target of "
+            f"{config.target_loss} (chance is 0.693); train longer, prune another task, or raise target_loss"
         )
     return (
-        f"the full model does the task (loss {full_loss:.3f}) but no size of circuit came below {cut.loss:.3f} under "
-        f"{config.ablation} ablation; try more steps, another count_penalty, or search_trials"
+        f"the full model does the task (calibrated loss {full_loss:.3f}) but no size of circuit came below "
+        f"{cut.loss:.3f} under {config.ablation} ablation; try more steps, another count_penalty, or search_trials"
     )
