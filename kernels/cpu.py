@@ -1,6 +1,6 @@
 """The CPU path: exact AbsTopK and projection by bisection, in C that is compiled on first use.
 
-Without a C compiler the same functions run on numpy's quickselect, about four times slower.
+Without a C compiler the same functions run on numpy's quickselect, several times slower.
 """
 
 import ctypes
@@ -85,13 +85,13 @@ def _library() -> ctypes.CDLL | None:
     """Compile topk.c for this processor, once for each version of it, and load it."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        log.warning("no C compiler (cc, gcc, clang) found: AbsTopK runs on numpy, about four times slower")
+        log.warning("no C compiler (cc, gcc, clang) found: AbsTopK runs on numpy, several times slower")
         return None
     try:
         library = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or error
-        log.warning("could not compile or load %s: AbsTopK runs on numpy, about four times slower: %s", SOURCE, detail)
+        log.warning("could not compile or load %s: AbsTopK runs on numpy, several times slower: %s", SOURCE, detail)
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     for name in NAMES.values():
