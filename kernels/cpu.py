@@ -1,57 +1,48 @@
-"""The CPU path: exact AbsTopK and projection by bisection, in C that is compiled on first use.
+"""The CPU path, for float32 and bfloat16: C that is compiled on first use, and what torch and numpy can do without.
 
-Without a C compiler the same functions run on numpy's quickselect, several times slower.
+AbsTopK and the projection bisect a threshold; the sparse products read channel-major activations. Without a C
+compiler AbsTopK runs on numpy's quickselect and the products on torch's embedding_bag, the study's choice for CPUs,
+which C beats by 1.3 to 2 times (docs/log.md, 2026-11-21).
 """
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from sparsetrain.kernels.native import library
+from sparsetrain.kernels.sparse_weight import Order
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-SOURCE = Path(__file__).with_name("topk.c")
+SMALL = 1 << 21  # multiply-adds, or elements, below which a second thread costs more than it brings
 
 
 def abs_topk(x: Tensor, k: int) -> Tensor:
-    """`reference.abs_topk` without its gradient, for float32 and bfloat16 on the CPU."""
+    """`reference.abs_topk` without its gradient."""
     x = x.contiguous()
-    library = _library()
-    if library is None:
+    if library() is None:
         return _abs_topk_numpy(x, k)
     out = torch.empty_like(x)
     width = x.shape[-1]
     if x.numel():
-        function = getattr(library, f"abs_topk_{NAMES[x.dtype]}")
-        function(x.data_ptr(), out.data_ptr(), x.numel() // width, width, k)
+        _call("abs_topk", x.dtype, x, out, x.numel() // width, width, k, threads=_threads(16 * x.numel()))
     return out
 
 
 def abs_topk_backward(grad: Tensor, out: Tensor) -> Tensor:
     """The gradient of `abs_topk` at its input, from its output."""
-    library = _library()
-    if library is None:
+    if library() is None:
         return grad * (out != 0)
     grad = grad.contiguous()
     in_grad = torch.empty_like(grad)
-    function = getattr(library, f"abs_topk_backward_{NAMES[grad.dtype]}")
-    function(grad.data_ptr(), out.data_ptr(), in_grad.data_ptr(), grad.numel())
+    _call("abs_topk_backward", grad.dtype, grad, out, in_grad, grad.numel(), threads=_threads(grad.numel()))
     return in_grad
 
 
 def project(weight: Tensor, k: int, min_per_row: int = 0, min_per_column: int = 0) -> Tensor:
-    """`reference.project` for float32 on the CPU."""
+    """`reference.project`."""
     if not min_per_row and not min_per_column:
         return abs_topk(weight.flatten(), k).view_as(weight)
     kept = torch.zeros_like(weight)
@@ -67,6 +58,87 @@ def project(weight: Tensor, k: int, min_per_row: int = 0, min_per_column: int = 
     return kept + abs_topk(rest.flatten(), k - n_kept).view_as(weight)
 
 
+def matmul(x: Tensor, values: Tensor, order: Order, bias: Tensor | None = None) -> Tensor:
+    """A x + bias for a sparse A (L, K) and channel-major x.
+
+    Args:
+        x: (B, K, T), contiguous.
+        values: (E,) in the order of `order`.
+        order: the L lines of A.
+        bias: (L,) or None.
+
+    Returns:
+        (B, L, T) in the type of x. Sums are fp32, in the order of the nonzeros, whatever the number of threads.
+    """
+    values = values.float()
+    bias = None if bias is None else bias.float()
+    if library() is None:
+        return _matmul_bags(x, values, order, bias)
+    blocks, channels, tokens = x.shape
+    y = x.new_empty(blocks, order.n_lines, tokens)
+    if y.numel():
+        threads = _threads(order.indices.numel() * blocks * tokens)
+        sizes = (order.n_lines, channels, tokens, blocks)
+        _call("matmul", x.dtype, x, y, values, order.indices, order.offsets, bias, *sizes, threads=threads)
+    return y
+
+
+def sampled_matmul(y: Tensor, x: Tensor, order: Order) -> Tensor:
+    """The entries of sum over b of y[b] x[b]^T at the nonzeros of a sparse (L, K): the gradient of its values.
+
+    Args:
+        y: (B, L, T), contiguous. x: (B, K, T), contiguous, the same type.
+        order: where the nonzeros are.
+
+    Returns:
+        (E,) float32, in the order of `order`.
+    """
+    if library() is None:
+        return _sampled_matmul_bags(y, x, order)
+    blocks, channels, tokens = x.shape
+    grad = torch.empty(order.indices.numel())
+    if grad.numel():
+        threads = _threads(grad.numel() * blocks * tokens)
+        sizes = (order.n_lines, channels, tokens, blocks)
+        _call("sampled_matmul", x.dtype, y, x, grad, order.indices, order.offsets, *sizes, threads=threads)
+    return grad
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None, threads: int) -> None:
+    """Call a C function on contiguous tensors; integers are passed as int64."""
+    passed = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else None if a is None else ctypes.c_int64(a)
+        for a in arguments
+    ]
+    getattr(library(), f"{name}_{NAMES[dtype]}")(*passed, ctypes.c_int32(threads))
+
+
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work > SMALL else 1
+
+
+def _matmul_bags(x: Tensor, values: Tensor, order: Order, bias: Tensor | None) -> Tensor:
+    per_sample = values.to(x.dtype)
+    y = x.new_empty(x.shape[0], order.n_lines, x.shape[2])
+    for block, out in zip(x, y, strict=True):
+        out.copy_(
+            F.embedding_bag(
+                order.indices, block, order.offsets, mode="sum", per_sample_weights=per_sample, include_last_offset=True
+            )
+        )
+    return y if bias is None else y.add_(bias.to(x.dtype)[:, None])
+
+
+def _sampled_matmul_bags(y: Tensor, x: Tensor, order: Order) -> Tensor:
+    lines = torch.arange(order.n_lines, dtype=torch.int32).repeat_interleave(order.offsets.diff())
+    grad = torch.zeros(order.indices.numel())
+    for out, block in zip(y, x, strict=True):
+        grad += torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            out, block, order.indices, order.offsets, lines, 0
+        )
+    return grad
+
+
 def _abs_topk_numpy(x: Tensor, k: int) -> Tensor:
     magnitude = x.abs().nan_to_num(nan=torch.inf)
     if k == 0:
@@ -78,50 +150,3 @@ def _abs_topk_numpy(x: Tensor, k: int) -> Tensor:
     tied = magnitude == threshold
     room = k - above.sum(-1, keepdim=True)
     return torch.where(above | (tied & (tied.cumsum(-1) <= room)), x, 0)
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    """Compile topk.c for this processor, once for each version of it, and load it."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        log.warning("no C compiler (cc, gcc, clang) found: AbsTopK runs on numpy, several times slower")
-        return None
-    try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        log.warning("could not compile or load %s: AbsTopK runs on numpy, several times slower: %s", SOURCE, detail)
-        return None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    for name in NAMES.values():
-        getattr(library, f"abs_topk_{name}").argtypes = [pointer, pointer, size, size, size]
-        getattr(library, f"abs_topk_backward_{name}").argtypes = [pointer, pointer, pointer, size]
-    return library
-
-
-def _compiled(compiler: str) -> Path:
-    """The compiled library; written whole, since several processes may compile at once."""
-    binary = _cache_folder() / f"topk-{_fingerprint(compiler)}.so"
-    if not binary.exists():
-        binary.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = tempfile.mktemp(suffix=".so", dir=binary.parent)
-        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", str(SOURCE), "-o", unfinished]
-        subprocess.run(command, capture_output=True, text=True, check=True)
-        os.replace(unfinished, binary)
-    return binary
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsetrain"
-
-
-def _fingerprint(compiler: str) -> str:
-    """Of the source and the processor: a home folder may be shared by machines of several kinds."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = (
-        next((s for s in cpuinfo.read_text().splitlines() if s.startswith(("flags", "Features"))), "")
-        if cpuinfo.exists()
-        else platform.processor()
-    )
-    return hashlib.sha256(SOURCE.read_bytes() + flags.encode() + compiler.encode()).hexdigest()[:16]

@@ -1,91 +1,311 @@
-"""The one door to the kernels: picks the backend for a tensor; autograd lives here."""
+"""The one door to the kernels: checks arguments, picks the backend, and holds the gradients.
+
+Activations may be token-major, (..., T, K) as torch lays them out, or channel-major: the same shape with the tokens
+contiguous, x.mT.is_contiguous(). Every op returns the layout it was given. Sparse products read channel-major
+activations and convert others, so a model that keeps them channel-major pays for no transposes.
+"""
+
+import logging
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sparsetrain.kernels import cpu, reference
+from sparsetrain.kernels import costs, cpu, reference
+from sparsetrain.kernels.sparse_weight import Order, SparseWeight
+
+Backend = Literal["auto", "reference", "cpu", "triton"]
+BACKENDS = ("auto", "reference", "cpu", "triton")
+BLOCK = {"cpu": 128, "cuda": 1024}  # tokens of a block that token-major activations are converted to
+TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+log = logging.getLogger(__name__)
+_taken: dict[tuple, str] = {}
 
 
-def abs_topk(x: Tensor, k: int) -> Tensor:
+def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+    """y = x W^T + bias for a weight that keeps its nonzeros alone.
+
+    Args:
+        x: (..., K), finite or not: a NaN reaches the outputs that read it. Channel-major is faster.
+        weight: (M, K), on the device of x.
+        bias: (M,) or None.
+        backend: "cpu" (float32, bfloat16), "triton" (CUDA; float32, bfloat16, float16), "reference" (a dense
+            product, any type), or "auto": whichever of the fast one and the dense one the cost model says is
+            faster, which is logged once.
+
+    Returns:
+        (..., M) in the type of x (of autocast, where it is on) and the layout of x, differentiable in x,
+        `weight.values` and bias. Sums are fp32; the gradient of the values is summed in fp32 too.
+
+    Raises:
+        TypeError: `weight` is not a SparseWeight.
+        ValueError: shapes or devices do not fit, or the backend cannot run.
+
+    Source: the products of Gao et al. 2025, A.2, which its authors ran dense.
+    """
+    _check_linear(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    n = x.numel() // max(1, x.shape[-1])
+    chosen = _linear_backend(backend, x, weight, n)
+    if chosen == "reference" or n == 0:
+        return reference.sparse_linear(x, weight, bias)
+    blocks = _to_blocks(x)
+    rows, columns = weight.rows, weight.columns
+    y = _sparse_linear(
+        blocks, weight.values, bias, weight.to_column_major, rows.offsets, rows.indices, rows.by_length,
+        columns.offsets, columns.indices, columns.by_length, chosen,
+    )  # fmt: skip
+    y = y.mT.reshape(*x.shape[:-1], weight.shape[0])
+    return y if reference.is_channel_major(x) else y.contiguous()
+
+
+def abs_topk(x: Tensor, k: int, backend: Backend = "auto") -> Tensor:
     """Keep the k entries of greatest magnitude along the last dimension and set the others to zero.
 
     Args:
-        x: (..., D). The fast CPU path takes float32 and bfloat16; other types and devices take the reference.
+        x: (..., D).
         k: entries kept, 0 <= k <= D. Ties go to the lowest index.
+        backend: as in `sparse_linear`; "auto" takes the fast one where it takes the type of x.
 
     Returns:
         (..., D), differentiable: the gradient passes where the output is not zero.
 
     Raises:
-        ValueError: k is out of range.
+        ValueError: k is out of range, or the backend cannot run.
 
     Source: Gao et al. 2025, A.1. Differs: an entry that is kept at exactly 0 gets no gradient.
     """
     if not 0 <= k <= x.shape[-1]:
         raise ValueError(f"k must be in [0, {x.shape[-1]}], the width of x, got {k}")
+    chosen = _pick(backend, x)
     if k == x.shape[-1]:
         return x
-    if _takes_cpu_path(x):
-        return _abs_topk(x, k)
-    return reference.abs_topk(x, k)
+    return reference.abs_topk(x, k) if chosen == "reference" else _abs_topk(x, k, chosen)
 
 
 @torch.no_grad()
-def project_(weight: Tensor, k: int, min_per_row: int = 0, min_per_column: int = 0) -> Tensor:
+def project_(
+    weight: Tensor, k: int, min_per_row: int = 0, min_per_column: int = 0, backend: Backend = "auto"
+) -> Tensor:
     """Set all but the k entries greatest in magnitude to zero, in place; see `reference.project`.
 
     Args:
         weight: (M, K) or (M,).
         k: entries kept in all, 0 <= k <= numel.
         min_per_row, min_per_column: entries of each row and column that are kept first, out of the same k.
+        backend: as in `abs_topk`.
 
     Returns:
         `weight` itself.
 
     Raises:
-        ValueError: k is out of range.
+        ValueError: k or a floor is out of range, or the backend cannot run.
 
     Source: Gao et al. 2025, A.2.
     """
     if not 0 <= k <= weight.numel():
         raise ValueError(f"k must be in [0, {weight.numel()}], the size of the weight, got {k}")
+    if weight.dim() not in (1, 2):
+        raise ValueError(f"weight must be a matrix or a vector, got shape {tuple(weight.shape)}")
+    for name, floor, size in (("row", min_per_row, weight.shape[-1]), ("column", min_per_column, weight.shape[0])):
+        if not 0 <= floor <= size or (floor and weight.dim() == 1):
+            raise ValueError(
+                f"min_per_{name} must be in [0, {size if weight.dim() == 2 else 0}] for a weight of shape "
+                f"{tuple(weight.shape)}, got {floor}"
+            )
+    chosen = _pick(backend, weight)
     if k == weight.numel():
         return weight
-    backend = cpu if _takes_cpu_path(weight) else reference
-    return weight.copy_(backend.project(weight, k, min_per_row, min_per_column))
+    return weight.copy_(_module(chosen, "project").project(weight, k, min_per_row, min_per_column))
 
 
-def _takes_cpu_path(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in cpu.NAMES
+def _check_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> None:
+    if not isinstance(weight, SparseWeight):
+        raise TypeError(f"weight must be a SparseWeight, got {type(weight).__name__}; build one with from_dense")
+    m, k = weight.shape
+    problems = []
+    if x.dim() < 1 or x.shape[-1] != k:
+        problems.append(f"x must have {k} channels last, the columns of the weight, got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        problems.append(f"x must hold floats, got {x.dtype}")
+    if x.device != weight.values.device:
+        problems.append(f"x must be on {weight.values.device}, where the weight is, got {x.device}")
+    if bias is not None and (tuple(bias.shape) != (m,) or bias.device != weight.values.device):
+        problems.append(
+            f"bias must have shape ({m},) on {weight.values.device}, got {tuple(bias.shape)} on {bias.device}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
-# Registered as custom ops so that torch.compile keeps them whole instead of tracing into ctypes.
+def _pick(backend: Backend, x: Tensor) -> str:
+    """The backend that runs for x: the one asked for if it can, or under "auto" the fast one if there is one."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        fast = "cpu" if x.device.type == "cpu" else "triton"
+        return "reference" if _obstacle(fast, x) else fast
+    if obstacle := _obstacle(backend, x):
+        raise ValueError(f"backend {backend!r} cannot run here: {obstacle}; use backend='auto'")
+    return backend
+
+
+def _obstacle(backend: str, x: Tensor) -> str | None:
+    """Why a backend cannot take x, or None."""
+    if backend == "cpu" and (x.device.type != "cpu" or x.dtype not in cpu.NAMES):
+        return f"it takes float32 and bfloat16 on the CPU, got {x.dtype} on {x.device.type}"
+    if backend == "triton":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if find_spec("triton") is None:
+            return "the package triton is not installed"
+        if x.device.type != "cuda" and not interpreted:
+            return f"it takes CUDA tensors, got one on {x.device.type} (TRITON_INTERPRET=1 runs any, very slowly)"
+        if x.dtype not in TRITON_TYPES and not (x.dtype == torch.float64 and interpreted):
+            return f"it takes float32, bfloat16 and float16, got {x.dtype}"
+    return None
+
+
+def _linear_backend(backend: Backend, x: Tensor, weight: SparseWeight, n: int) -> str:
+    """As `_pick`; "auto" compares the fast backend with the dense product, and says once what it took."""
+    fast = _pick(backend, x)
+    if backend != "auto" or fast == "reference":
+        return fast
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.values.requires_grad)
+    seconds = {
+        kind: costs.predict(kind, x.device.type, x.dtype, *weight.shape, n, weight.n_nonzero, training)
+        for kind in costs.TERMS
+    }
+    chosen = fast if seconds["sparse"] <= seconds["dense"] else "reference"
+    case = (weight.shape, x.device.type, x.dtype)
+    if _taken.get(case) != chosen:
+        _taken[case] = chosen
+        log.info(
+            "sparse_linear takes the %s product for %r and %d tokens: predicted %.3g ms sparse, %.3g ms dense (%s)",
+            "dense" if chosen == "reference" else f"sparse ({chosen})", weight, n,
+            1e3 * seconds["sparse"], 1e3 * seconds["dense"], costs.origin(x.device.type),
+        )  # fmt: skip
+    return chosen
+
+
+def _module(backend: str, op: str):
+    """Where an op of a backend lives. Triton is imported when it is first used: it takes time, and may be absent."""
+    if backend != "triton":
+        return {"cpu": cpu, "reference": reference}[backend]
+    return import_module(f"sparsetrain.kernels.{op}")
+
+
+def _to_blocks(x: Tensor) -> Tensor:
+    """(..., K) to channel-major blocks (B, K, T): a view of what is channel-major, a transposed copy of the rest."""
+    if reference.is_channel_major(x):
+        return x.mT.reshape(-1, x.shape[-1], x.shape[-2])
+    n = x.numel() // x.shape[-1]
+    tokens = BLOCK[x.device.type] if n % BLOCK.get(x.device.type, n) == 0 else n
+    return x.reshape(-1, tokens, x.shape[-1]).mT.contiguous()
+
+
+# Registered as custom ops so that torch.compile keeps them whole instead of tracing into ctypes or a launch.
+@torch.library.custom_op("sparsetrain::sparse_linear", mutates_args=())
+def _sparse_linear(
+    x: Tensor, values: Tensor, bias: Tensor | None, to_column_major: Tensor,
+    row_offsets: Tensor, columns: Tensor, rows_by_length: Tensor,
+    column_offsets: Tensor, rows: Tensor, columns_by_length: Tensor, backend: str,
+) -> Tensor:  # fmt: skip
+    """x (B, K, T) to (B, M, T)."""
+    return _module(backend, "sparse_linear").matmul(x, values, Order(row_offsets, columns, rows_by_length), bias)
+
+
+@torch.library.custom_op("sparsetrain::sparse_matmul", mutates_args=())
+def _sparse_matmul(
+    x: Tensor, values: Tensor, offsets: Tensor, indices: Tensor, by_length: Tensor, backend: str
+) -> Tensor:
+    return _module(backend, "sparse_linear").matmul(x, values, Order(offsets, indices, by_length))
+
+
+@torch.library.custom_op("sparsetrain::sampled_matmul", mutates_args=())
+def _sampled_matmul(y: Tensor, x: Tensor, offsets: Tensor, indices: Tensor, by_length: Tensor, backend: str) -> Tensor:
+    return _module(backend, "sparse_linear").sampled_matmul(y, x, Order(offsets, indices, by_length))
+
+
+@_sparse_linear.register_fake
+def _(x, values, bias, to_column_major, row_offsets, columns, rows_by_length, *rest):
+    return x.new_empty(x.shape[0], rows_by_length.shape[0], x.shape[2])
+
+
+@_sparse_matmul.register_fake
+def _(x, values, offsets, indices, by_length, backend):
+    return x.new_empty(x.shape[0], by_length.shape[0], x.shape[2])
+
+
+@_sampled_matmul.register_fake
+def _(y, x, offsets, indices, by_length, backend):
+    return x.new_empty(indices.shape[0], dtype=_sum_type(x.dtype))
+
+
+def _keep_operands(ctx, inputs, output) -> None:
+    x, values, bias, *structure, ctx.backend = inputs
+    ctx.bias_type = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, values, *structure)
+
+
+def _linear_backward(ctx, grad: Tensor):
+    x, values, to_column_major, *orders = ctx.saved_tensors
+    rows, columns = orders[:3], orders[3:]
+    grad = grad.contiguous()
+    grads = [None, None, None]
+    if ctx.needs_input_grad[0]:
+        grads[0] = _sparse_matmul(grad, values.index_select(0, to_column_major), *columns, ctx.backend)
+    if ctx.needs_input_grad[1]:
+        grads[1] = _sampled_matmul(grad, x, *rows, ctx.backend).to(values.dtype)
+    if ctx.needs_input_grad[2]:
+        grads[2] = grad.sum((0, 2), dtype=_sum_type(grad.dtype)).to(ctx.bias_type)
+    return *grads, *[None] * 8
+
+
+_sparse_linear.register_autograd(_linear_backward, setup_context=_keep_operands)
+
+
+def _sum_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @torch.library.custom_op("sparsetrain::abs_topk", mutates_args=())
-def _abs_topk(x: Tensor, k: int) -> Tensor:
-    return cpu.abs_topk(x, k)
-
-
-@_abs_topk.register_fake
-def _(x: Tensor, k: int) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _abs_topk(x: Tensor, k: int, backend: str) -> Tensor:
+    return _module(backend, "abs_topk").abs_topk(x, k)
 
 
 @torch.library.custom_op("sparsetrain::abs_topk_backward", mutates_args=())
-def _abs_topk_backward(grad: Tensor, out: Tensor) -> Tensor:
-    return cpu.abs_topk_backward(grad, out)
+def _abs_topk_backward(grad: Tensor, out: Tensor, backend: str) -> Tensor:
+    return _module(backend, "abs_topk").abs_topk_backward(grad, out)
+
+
+@_abs_topk.register_fake
+def _(x: Tensor, k: int, backend: str) -> Tensor:
+    return _laid_out_as(x, backend)
 
 
 @_abs_topk_backward.register_fake
-def _(grad: Tensor, out: Tensor) -> Tensor:
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+def _(grad: Tensor, out: Tensor, backend: str) -> Tensor:
+    return _laid_out_as(out, backend)
+
+
+def _laid_out_as(x: Tensor, backend: str) -> Tensor:
+    """An empty tensor like x. Triton keeps its layout; the CPU path returns token-major."""
+    keeps = backend == "triton" and reference.is_channel_major(x)
+    return torch.empty_like(x) if keeps else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _keep_output(ctx, inputs, output) -> None:
+    ctx.backend = inputs[-1]
     ctx.save_for_backward(output)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-    return _abs_topk_backward(grad, ctx.saved_tensors[0]), None
+def _topk_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _abs_topk_backward(grad, ctx.saved_tensors[0], ctx.backend), None, None
 
 
-_abs_topk.register_autograd(_backward, setup_context=_keep_output)
+_abs_topk.register_autograd(_topk_backward, setup_context=_keep_output)

@@ -1,7 +1,34 @@
 """Every op in plain torch: the definition that each backend is held to. Slow, exact, any float type."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from sparsetrain.kernels.sparse_weight import SparseWeight
+
+
+def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias, as a dense product with the weight written out.
+
+    Args:
+        x: (..., K), any float type.
+        weight: (M, K); its values are rounded to the type of x.
+        bias: (M,) or None.
+
+    Returns:
+        (..., M) in the type of x and, where x is channel-major, channel-major. Differentiable in x, values and bias.
+    """
+    dense = weight.to_dense().to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if not is_channel_major(x):
+        return F.linear(x, dense, bias)
+    y = (dense @ x.mT).mT
+    return y if bias is None else y + bias
+
+
+def is_channel_major(x: Tensor) -> bool:
+    """Whether the tokens of x (..., T, K) are contiguous, channel by channel, and its channels are not."""
+    return x.dim() > 1 and x.mT.is_contiguous() and not x.is_contiguous()
 
 
 def abs_topk(x: Tensor, k: int) -> Tensor:

@@ -4,46 +4,70 @@
  * an integer threshold; each step counts one row, which stays in the L1 cache and vectorises. Ties at the
  * threshold go to the lowest index. NaN counts as larger than every number.
  */
+#ifndef WORD /* The file includes itself, once for each type of float: see its end. */
 #include <stdint.h>
 
-#define DEFINE_TOPK(NAME, WORD, COUNT, SIGNLESS)                                                            \
-    /* Keep the k greatest magnitudes of each of n rows of d, zero the others: out = AbsTopK(in). */        \
-    void abs_topk_##NAME(const WORD *restrict in, WORD *restrict out, int64_t n, int64_t d, int64_t k) {    \
-        for (int64_t row = 0; row < n; row++) {                                                             \
-            const WORD *restrict x = in + row * d;                                                          \
-            WORD *restrict y = out + row * d;                                                               \
-            COUNT low = 0, high = 0; /* count(>= low) >= k > count(>= high) */                              \
-            for (int64_t i = 0; i < d; i++) {                                                               \
-                COUNT magnitude = (COUNT)(x[i] & SIGNLESS);                                                 \
-                high = magnitude > high ? magnitude : high;                                                 \
-            }                                                                                               \
-            high += 1;                                                                                      \
-            int64_t kept = d; /* how many are >= low */                                                     \
-            while (high - low > 1 && kept != k) {                                                           \
-                COUNT middle = (COUNT)(low + (high - low) / 2);                                             \
-                int32_t above = 0;                                                                          \
-                for (int64_t i = 0; i < d; i++) above += (COUNT)(x[i] & SIGNLESS) >= middle;                \
-                if (above >= k) {                                                                           \
-                    low = middle;                                                                           \
-                    kept = above;                                                                           \
-                } else {                                                                                    \
-                    high = middle;                                                                          \
-                }                                                                                           \
-            }                                                                                               \
-            for (int64_t i = 0; i < d; i++) y[i] = (COUNT)(x[i] & SIGNLESS) >= low ? x[i] : 0;              \
-            for (int64_t i = d - 1; kept > k && i >= 0; i--) {                                              \
-                if ((COUNT)(x[i] & SIGNLESS) == low) {                                                      \
-                    y[i] = 0;                                                                               \
-                    kept--;                                                                                 \
-                }                                                                                           \
-            }                                                                                               \
-        }                                                                                                   \
-    }                                                                                                       \
-    /* Gradient of AbsTopK: passes where the output is not zero. */                                         \
-    void abs_topk_backward_##NAME(const WORD *restrict grad, const WORD *restrict out, WORD *restrict in_grad, \
-                                  int64_t n) {                                                              \
-        for (int64_t i = 0; i < n; i++) in_grad[i] = (out[i] & SIGNLESS) ? grad[i] : 0;                     \
-    }
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAMED(name) JOIN(name, SUFFIX)
 
-DEFINE_TOPK(float32, uint32_t, int32_t, 0x7fffffffu)
-DEFINE_TOPK(bfloat16, uint16_t, int16_t, 0x7fffu)
+#define WORD uint32_t
+#define COUNT int32_t
+#define SIGNLESS 0x7fffffffu
+#define SUFFIX _float32
+#include "topk.c"
+#undef WORD
+#undef COUNT
+#undef SIGNLESS
+#undef SUFFIX
+#define WORD uint16_t
+#define COUNT int16_t
+#define SIGNLESS 0x7fffu
+#define SUFFIX _bfloat16
+#include "topk.c"
+
+#else
+
+/* y = the k entries of x (d of them) that are greatest in magnitude, the others zero. */
+static void NAMED(keep)(const WORD *restrict x, WORD *restrict y, int64_t d, int64_t k) {
+    COUNT top = 0;
+    int64_t low = 0, high; /* count(>= low) >= k > count(>= high); wider than COUNT, since high may pass its end */
+    for (int64_t i = 0; i < d; i++) {
+        COUNT magnitude = (COUNT)(x[i] & SIGNLESS);
+        top = magnitude > top ? magnitude : top;
+    }
+    high = (int64_t)top + 1;
+    int64_t kept = d; /* how many are >= low */
+    while (high - low > 1 && kept != k) {
+        COUNT middle = (COUNT)((low + high) / 2);
+        int32_t above = 0;
+        for (int64_t i = 0; i < d; i++) above += (COUNT)(x[i] & SIGNLESS) >= middle;
+        if (above >= k) {
+            low = middle;
+            kept = above;
+        } else {
+            high = middle;
+        }
+    }
+    for (int64_t i = 0; i < d; i++) y[i] = (COUNT)(x[i] & SIGNLESS) >= (COUNT)low ? x[i] : 0;
+    for (int64_t i = d - 1; kept > k && i >= 0; i--) {
+        if ((COUNT)(x[i] & SIGNLESS) == low) {
+            y[i] = 0;
+            kept--;
+        }
+    }
+}
+
+/* out = AbsTopK(in) for n rows of d. */
+void NAMED(abs_topk)(const WORD *in, WORD *out, int64_t n, int64_t d, int64_t k, int32_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < n; row++) NAMED(keep)(in + row * d, out + row * d, d, k);
+}
+
+/* Gradient of AbsTopK: passes where the output is not zero. */
+void NAMED(abs_topk_backward)(const WORD *restrict grad, const WORD *restrict out, WORD *restrict in_grad, int64_t n,
+                              int32_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < n; i++) in_grad[i] = (out[i] & SIGNLESS) ? grad[i] : 0;
+}
+#endif

@@ -6,15 +6,12 @@ The method, with its numbered invariants, is in docs/method.md.
 import json
 import logging
 import math
-import platform
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsetrain import checkpoint, sparsity
+from sparsetrain import checkpoint, machine, sparsity
 from sparsetrain.config import ConfigError, RunConfig, config_to_dict, config_to_yaml, known_keys, load_config
 from sparsetrain.data import Corpus, batch, evaluation_batches, file_hash, prepare
 from sparsetrain.model import Transformer
@@ -212,25 +209,10 @@ def _describe(run_dir: Path, run: Training) -> None:
     checkpoint.write_json(
         run_dir / "environment.json",
         {
-            "commit": _commit(),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor() or "cpu",
-            "versions": {p: metadata.version(p) for p in ("torch", "numpy", "tokenizers", "datasets", "safetensors")},
+            **machine.describe(run.device),
             "corpus": {k: v for k, v in run.corpus.manifest.items() if k != "files"},
         },
     )
-
-
-def _commit() -> str | None:
-    """The commit of the source tree this runs from, `+` if it was changed; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        ask = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--match=-"]
-        done = subprocess.run(ask, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 def _loop(run: Training) -> None:

@@ -67,7 +67,7 @@ def test_abs_topk_reads_strided_inputs():
 
 def test_abs_topk_passes_torchs_own_checks_of_custom_ops():
     x = torch.randn(4, 16, requires_grad=True)
-    torch.library.opcheck(torch.ops.sparsetrain.abs_topk.default, (x, 3))
+    torch.library.opcheck(torch.ops.sparsetrain.abs_topk.default, (x, 3, "cpu"))
 
 
 def test_abs_topk_refuses_a_k_out_of_range():

@@ -1,0 +1,185 @@
+"""The nonzeros of a weight matrix, in row-major and in column-major order, checked when built."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+LARGEST = 2**31 - 1  # offsets and indices are int32: half the bytes of int64, which every kernel reads
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """Nonzeros grouped by line: CSR where the lines are rows, CSC where they are columns.
+
+    Attributes:
+        offsets: (lines + 1,) int32; line i holds the nonzeros offsets[i] to offsets[i + 1].
+        indices: (E,) int32, the place of each nonzero within its line, ascending in each line.
+        by_length: (lines,) int32, the lines from longest to shortest; a grid that starts the longest first ends evenly.
+    """
+
+    offsets: Tensor
+    indices: Tensor
+    by_length: Tensor
+
+    @property
+    def n_lines(self) -> int:
+        return self.by_length.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class SparseWeight:
+    """A weight (M, K) that keeps its E nonzeros alone. Build one with `from_dense` or `from_rows`.
+
+    Attributes:
+        shape: (M, K).
+        values: (E,), row by row and by column within a row. It may require a gradient, or be part of a graph.
+        rows: the nonzeros by row; what y = x W^T and the gradient of `values` read.
+        columns: the same nonzeros by column; what the gradient of x reads.
+        to_column_major: (E,) int32; values[to_column_major] is in the order of `columns`.
+
+    Source: two orders of one matrix, so that no product needs atomics or a sort, as in MegaBlocks (Gale et al. 2022).
+    """
+
+    shape: tuple[int, int]
+    values: Tensor
+    rows: Order
+    columns: Order
+    to_column_major: Tensor
+
+    @classmethod
+    def from_dense(cls, weight: Tensor) -> "SparseWeight":
+        """Keep the entries of `weight` (M, K) that are not zero. A gradient of the values reaches `weight`.
+
+        Raises:
+            ValueError: `weight` is not a matrix of finite floats.
+        """
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(f"weight must be a matrix of floats, got {weight.dtype} of shape {tuple(weight.shape)}")
+        row, column = weight.detach().nonzero(as_tuple=True)
+        return cls._build(tuple(weight.shape), weight[row, column], row, column)
+
+    @classmethod
+    def from_rows(cls, shape: tuple[int, int], values: Tensor, columns: Tensor, offsets: Tensor) -> "SparseWeight":
+        """Build from compressed rows (CSR).
+
+        Args:
+            shape: (M, K).
+            values: (E,) floats, finite; exact zeros are allowed and stay part of the support.
+            columns: (E,) integers in [0, K), ascending within a row and without duplicates.
+            offsets: (M + 1,) integers from 0 to E, not falling.
+
+        Raises:
+            ValueError: names everything that does not hold.
+        """
+        _check_rows(shape, values, columns, offsets)
+        lengths = offsets.long().diff()
+        row = torch.repeat_interleave(torch.arange(shape[0], device=values.device), lengths)
+        return cls._build(tuple(shape), values, row, columns.long())
+
+    @classmethod
+    def _build(cls, shape: tuple[int, int], values: Tensor, row: Tensor, column: Tensor) -> "SparseWeight":
+        if values.numel() > LARGEST or max(shape) > LARGEST:
+            raise ValueError(
+                f"weight must have fewer than 2^31 nonzeros, rows and columns, got {values.numel()} {shape}"
+            )
+        if not bool(values.detach().isfinite().all()):
+            raise ValueError(f"values must be finite, got {int((~values.detach().isfinite()).sum())} that are not")
+        to_column_major = column.argsort(stable=True)
+        return cls(
+            shape=shape,
+            values=values,
+            rows=_order(row, column, shape[0]),
+            columns=_order(column[to_column_major], row[to_column_major], shape[1]),
+            to_column_major=to_column_major.int(),
+        )
+
+    def with_values(self, values: Tensor) -> "SparseWeight":
+        """The same support with other values (E,); nothing is copied.
+
+        Raises:
+            ValueError: the shape or the device differ.
+        """
+        if values.shape != self.values.shape or values.device != self.values.device:
+            raise ValueError(
+                f"values must have shape {tuple(self.values.shape)} on {self.values.device}, "
+                f"got {tuple(values.shape)} on {values.device}"
+            )
+        return replace(self, values=values)
+
+    def to_dense(self) -> Tensor:
+        """The matrix (M, K), in the type of `values` and differentiable in them."""
+        dense = self.values.new_zeros(self.shape)
+        return dense.index_put((self.row_of_each(), self.rows.indices.long()), self.values)
+
+    def row_of_each(self) -> Tensor:
+        """(E,) int64: the row of each value."""
+        lengths = self.rows.offsets.diff().long()
+        lines = torch.arange(self.shape[0], device=self.values.device)
+        return torch.repeat_interleave(lines, lengths, output_size=self.n_nonzero)
+
+    @property
+    def n_nonzero(self) -> int:
+        """E, the nonzeros (stored zeros included)."""
+        return self.values.numel()
+
+    @property
+    def density(self) -> float:
+        """The share of entries that are stored, 0 to 1."""
+        return self.n_nonzero / max(1, self.shape[0] * self.shape[1])
+
+    def __repr__(self) -> str:
+        m, k = self.shape
+        kind = f"{self.values.dtype}, {self.values.device}"
+        return f"SparseWeight({m} x {k}, {self.n_nonzero} nonzeros, density {self.density:.3%}, {kind})"
+
+
+def _order(line: Tensor, index: Tensor, n_lines: int) -> Order:
+    """Compress nonzeros that are sorted by line already."""
+    lengths = torch.bincount(line, minlength=n_lines)
+    offsets = torch.zeros(n_lines + 1, dtype=torch.int32, device=line.device)
+    offsets[1:] = lengths.cumsum(0)
+    return Order(offsets, index.int(), lengths.argsort(descending=True, stable=True).int())
+
+
+def _check_rows(shape: tuple[int, int], values: Tensor, columns: Tensor, offsets: Tensor) -> None:
+    n_rows, n_columns = shape
+    integers = (torch.int32, torch.int64)
+    problems = []
+    if values.dim() != 1 or not values.is_floating_point():
+        problems.append(f"values must be a vector of floats, got {values.dtype} of shape {tuple(values.shape)}")
+    if columns.shape != values.shape or columns.dtype not in integers:
+        problems.append(
+            f"columns must be integers (int32 or int64), one for each of {values.numel()} values, "
+            f"got {columns.dtype} of shape {tuple(columns.shape)}"
+        )
+    if tuple(offsets.shape) != (n_rows + 1,) or offsets.dtype not in integers:
+        problems.append(
+            f"offsets must be {n_rows + 1} integers (int32 or int64), one more than rows, "
+            f"got {offsets.dtype} of shape {tuple(offsets.shape)}"
+        )
+    if len({t.device for t in (values, columns, offsets)}) > 1:
+        problems.append(f"all must lie on one device, got {values.device}, {columns.device}, {offsets.device}")
+    if not problems:
+        problems += _check_indices(n_columns, values.numel(), columns.long(), offsets.long())
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _check_indices(n_columns: int, n_values: int, columns: Tensor, offsets: Tensor) -> list[str]:
+    if int(offsets[0]) != 0 or int(offsets[-1]) != n_values or bool((offsets.diff() < 0).any()):
+        return [f"offsets must rise from 0 to {n_values}, the number of values, got {offsets.tolist()[:8]}..."]
+    problems = []
+    outside = (columns < 0) | (columns >= n_columns)
+    if bool(outside.any()):
+        problems.append(f"columns must be in [0, {n_columns}), got {int(columns[outside][0])}")
+    row = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=columns.device), offsets.diff())
+    same_row = row[1:] == row[:-1]
+    unsorted = same_row & (columns[1:] <= columns[:-1])
+    if bool(unsorted.any()):
+        at = int(unsorted.nonzero()[0, 0])
+        problems.append(
+            "columns must ascend within a row without duplicates, "
+            f"got {int(columns[at])} then {int(columns[at + 1])} in row {int(row[at])}"
+        )
+    return problems

@@ -1,0 +1,1 @@
+"""Benchmarks: what is checked, then timed against what else could be used, side by side in one process."""

@@ -1,0 +1,273 @@
+"""The benchmark of the kernels: each op is held to its definition first, then timed against what torch offers.
+
+A row is one timed case: op, sizes, type, case (ours or a rival), its seconds in each round, and the least time the
+machine could take for the same work (its floor).
+"""
+
+import logging
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsetrain.bench.timing import copy_seconds, interleaved, multiply_adds_per_second
+from sparsetrain.kernels import ops, reference
+from sparsetrain.kernels.sparse_weight import SparseWeight
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of ||ours - float64|| / ||float64||
+SAMPLE = 64  # lines and nonzeros whose whole sums are taken in float64 before anything is timed
+TOO_SLOW = 5  # a rival this many times slower than dense fp32 at one width is not asked again at a larger one
+
+
+class BenchError(RuntimeError):
+    """An op gave a wrong result, so it was not timed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        widths: d of square weights (d, d), ascending.
+        densities: shares of nonzeros.
+        tokens: N for each width.
+        rounds: times each case is timed, for each width.
+    """
+
+    widths: tuple[int, ...]
+    densities: tuple[float, ...]
+    tokens: dict[int, int]
+    rounds: dict[int, int]
+
+
+def plan(device: torch.device, quick: bool) -> Plan:
+    """The sizes for a device; `quick` takes seconds rather than minutes."""
+    densities = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+    if quick:
+        n = 65536 if device.type == "cuda" else 1024
+        return Plan((512,), (0.01, 0.05), {512: n}, {512: 3})
+    if device.type == "cuda":
+        tokens = {512: 65536, 1024: 65536, 2048: 65536, 4096: 65536, 8192: 16384}
+        return Plan(tuple(tokens), densities, tokens, dict.fromkeys(tokens, 11))
+    tokens = {512: 4096, 1024: 4096, 2048: 4096, 4096: 2048, 8192: 1024}
+    rounds = {512: 15, 1024: 15, 2048: 7, 4096: 5, 8192: 3}
+    return Plan(tuple(tokens), (*densities, 0.1, 0.2), tokens, rounds)
+
+
+def measure(device: torch.device, quick: bool, show: Callable[[str], None]) -> list[dict]:
+    """Check and time every op on a device; `show` gets a line of progress for each group of cases.
+
+    Raises:
+        BenchError: an op's result is wrong.
+    """
+    chosen = plan(device, quick)
+    rate = multiply_adds_per_second(device)
+    rows: list[dict] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        skipped: set[str] = set()
+        for width in chosen.widths:
+            show(f"sparse_linear, {width} x {width}, {chosen.tokens[width]} tokens, {str(dtype)[6:]}")
+            found = list(_sparse_linear(width, chosen, dtype, device, rate, skipped))
+            rows += found
+            skipped |= _hopeless(found)
+    for dtype in (torch.float32, torch.bfloat16):
+        for width in chosen.widths:
+            show(f"abs_topk, {chosen.tokens[width]} x {width}, {str(dtype)[6:]}")
+            rows += _abs_topk(width, chosen, dtype, device)
+    for width in chosen.widths:
+        show(f"project_, {width} x {width}")
+        rows += _project(width, chosen, device)
+    return rows
+
+
+def _sparse_linear(
+    width: int, chosen: Plan, dtype: torch.dtype, device: torch.device, rate: float, skipped: set[str]
+) -> Iterator[dict]:
+    """Forward, and forward with both gradients, at every density, beside one dense product."""
+    n = chosen.tokens[width]
+    generator = torch.Generator(device).manual_seed(width)
+    weights = [_sparse_matrix(width, density, generator) for density in chosen.densities]
+    blocks = n // min(n, ops.BLOCK[device.type])
+    x = torch.randn(blocks, width, n // blocks, device=device, generator=generator).to(dtype)  # (B, K, T)
+    grad = torch.randn(blocks, width, n // blocks, device=device, generator=generator).to(dtype)
+    work = {"op": "sparse_linear", "dtype": str(dtype)[6:], "m": width, "k": width, "n": n}
+    for training in (False, True):
+        cases: dict[str, Callable[[], object]] = {}
+        for weight in weights:
+            _check_linear(weight, x, grad)
+            cases |= _ours(weight, x, grad, training)
+            if f"csr {dtype}" not in skipped:
+                cases |= _csr(weight, x, grad, training)
+        for name, kind in (("dense fp32", torch.float32), ("dense bf16", torch.bfloat16)):
+            if name not in skipped:
+                cases[name] = _dense(weights[0], x, grad, kind, training)
+        products = 3 if training else 1
+        n_bytes = products * 2 * width * n * x.element_size()
+        cases["copy"] = copy_seconds(n_bytes, device)
+        taken = interleaved(cases, chosen.rounds[width], device)
+        copy = statistics.median(taken.pop("copy"))
+        for name, seconds in taken.items():
+            case, _, density = name.partition(" at ")
+            nnz = int(float(density) * width * width) if density else width * width
+            floor = max(copy, products * nnz * n / rate) if density else None
+            yield work | {
+                "pass": "training" if training else "forward", "case": case,
+                "density": float(density) if density else 1.0, "nnz": nnz,
+                "seconds": seconds, "floor": floor,
+            }  # fmt: skip
+
+
+def _hopeless(rows: list[dict]) -> set[str]:
+    """Rivals that are so slow here that larger sizes would take hours: bf16 products on a CPU without bf16 units."""
+    median = {row["case"]: statistics.median(row["seconds"]) for row in rows if row["density"] == 1}
+    return {case for case in median if median[case] > TOO_SLOW * median.get("dense fp32", math.inf)}
+
+
+def _sparse_matrix(width: int, density: float, generator: torch.Generator) -> SparseWeight:
+    """A square weight with exactly its share of nonzeros, anywhere."""
+    n = int(density * width * width)
+    dense = torch.zeros(width * width, device=generator.device)
+    places = torch.randperm(width * width, device=generator.device, generator=generator)[:n]
+    dense[places] = torch.randn(n, device=generator.device, generator=generator)
+    return SparseWeight.from_dense(dense.view(width, width))
+
+
+def _ours(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool) -> dict[str, Callable[[], object]]:
+    density = f"{weight.density:.4g}"
+    tokens, token_grad = (t.mT.reshape(-1, t.shape[1]).contiguous() for t in (x, grad))
+    return {
+        f"ours at {density}": _linear(weight, x.mT, grad.mT, training),
+        f"ours, token-major at {density}": _linear(weight, tokens, token_grad, training),
+    }
+
+
+def _linear(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool) -> Callable[[], object]:
+    backend = "cpu" if x.device.type == "cpu" else "triton"
+    if not training:
+        return lambda: ops.sparse_linear(x, weight, backend=backend)
+    x = x.detach().requires_grad_()
+    learnt = weight.with_values(weight.values.clone().requires_grad_())
+
+    def step() -> None:
+        y = ops.sparse_linear(x, learnt, backend=backend)
+        torch.autograd.grad(y, (x, learnt.values), grad)
+
+    return step
+
+
+def _dense(weight: SparseWeight, x: Tensor, grad: Tensor, dtype: torch.dtype, training: bool) -> Callable[[], object]:
+    """A dense layer of the same shape on token-major activations, torch's own layout."""
+    x, grad = (t.mT.reshape(-1, t.shape[1]).to(dtype) for t in (x, grad))
+    dense = weight.to_dense().to(dtype)
+    if not training:
+        return lambda: F.linear(x, dense)
+    x.requires_grad_()
+    dense.requires_grad_()
+    return lambda: torch.autograd.grad(F.linear(x, dense), (x, dense), grad)
+
+
+def _csr(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool) -> dict[str, Callable[[], object]]:
+    """torch.sparse (MKL, cuSPARSE) on what it likes best: (K, N) contiguous; the gradients as direct calls."""
+    dtype = x.dtype
+    if dtype == torch.bfloat16 and x.device.type == "cpu":
+        return {}  # not implemented in torch
+    x, grad = (t.transpose(0, 1).reshape(t.shape[1], -1).contiguous() for t in (x, grad))
+    size = weight.shape
+    by_row = torch.sparse_csr_tensor(weight.rows.offsets, weight.rows.indices, weight.values.to(dtype), size)
+    by_column = torch.sparse_csr_tensor(
+        weight.columns.offsets, weight.columns.indices, weight.values[weight.to_column_major].to(dtype), size[::-1]
+    )
+    support = torch.sparse_csr_tensor(
+        weight.rows.offsets, weight.rows.indices, torch.zeros_like(weight.values).to(dtype), size
+    )
+
+    def step() -> None:
+        by_row @ x
+        if training:
+            by_column @ grad
+            torch.sparse.sampled_addmm(support, grad, x.t(), beta=0)
+
+    return {f"torch.sparse CSR at {weight.density:.4g}": step}
+
+
+def _check_linear(weight: SparseWeight, x: Tensor, grad: Tensor) -> None:
+    """Hold sampled outputs and gradients of the very tensors that are timed to sums in float64."""
+    backend = "cpu" if x.device.type == "cpu" else "triton"
+    learnt = weight.with_values(weight.values.clone().requires_grad_())
+    x = x.detach().requires_grad_()
+    y = ops.sparse_linear(x.mT, learnt, backend=backend).mT  # (B, M, T)
+    x_grad, values_grad = torch.autograd.grad(y, (x, learnt.values), grad)
+    dense = weight.to_dense().double()
+    lines = torch.linspace(0, weight.shape[0] - 1, min(SAMPLE, weight.shape[0]), device=x.device).long()
+    chosen = torch.linspace(0, weight.n_nonzero - 1, min(SAMPLE, weight.n_nonzero), device=x.device).long()
+    row, column = weight.row_of_each()[chosen], weight.rows.indices[chosen].long()
+    for what, ours, exact in (
+        ("y", y[:, lines], dense[lines] @ x.detach().double()),
+        ("the gradient of x", x_grad[:, lines], dense[:, lines].T @ grad.double()),
+        ("the gradient of the values", values_grad[chosen], (grad[:, row].double() * x[:, column]).sum((0, 2))),
+    ):
+        _hold(f"sparse_linear {weight!r} on {x.dtype}: {what}", ours, exact, TOLERANCE[x.dtype])
+    for what, whole in (("y", y), ("the gradient of x", x_grad), ("the gradient of the values", values_grad)):
+        if not bool(whole.isfinite().all()):
+            raise BenchError(f"sparse_linear {weight!r} on {x.dtype}: {what} must be finite; it is not timed")
+
+
+def _hold(what: str, ours: Tensor, exact: Tensor, tolerance: float) -> None:
+    error = float((ours.detach().double() - exact.detach()).norm() / exact.detach().norm())
+    if not error <= tolerance:
+        raise BenchError(f"{what} must be within {tolerance} of its float64 value, got {error:.3g}; it is not timed")
+
+
+def _abs_topk(width: int, chosen: Plan, dtype: torch.dtype, device: torch.device) -> list[dict]:
+    n, k = chosen.tokens[width], width // 4
+    generator = torch.Generator(device).manual_seed(width)
+    x = torch.randn(n, width, device=device, generator=generator).to(dtype)
+    few = x[:: max(1, n // 256)]
+    if not torch.equal(ops.abs_topk(few, k), reference.abs_topk(few, k)):
+        raise BenchError(f"abs_topk of {n} x {width}, k {k}, {dtype} is not its definition; it is not timed")
+    cases = {
+        "ours": lambda: ops.abs_topk(x, k),
+        "topk + scatter": lambda: _topk_scatter(x, k),
+        "copy": copy_seconds(2 * x.numel() * x.element_size(), device),
+    }
+    if device.type == "cuda":
+        by_channel = x.mT.contiguous().mT
+        cases["ours, channel-major"] = lambda: ops.abs_topk(by_channel, k)
+    work = {"op": "abs_topk", "dtype": str(dtype)[6:], "m": n, "k": width, "n": n, "kept": k}
+    return _rows(work, interleaved(cases, chosen.rounds[width], device))
+
+
+def _project(width: int, chosen: Plan, device: torch.device) -> list[dict]:
+    k = width * width // 100
+    generator = torch.Generator(device).manual_seed(width)
+    weight = torch.randn(width, width, device=device, generator=generator)
+    for floor in (0, 4):
+        small = weight[:256].clone()
+        expected = reference.project(small, k // 8, floor, floor)
+        if not torch.equal(ops.project_(small.clone(), k // 8, floor, floor), expected):
+            raise BenchError(f"project_ with floors of {floor} is not its definition; it is not timed")
+    cases = {
+        "ours": lambda: ops.project_(weight.clone(), k),
+        "ours, rows of 4": lambda: ops.project_(weight.clone(), k, 4, 0),
+        "ours, columns of 4": lambda: ops.project_(weight.clone(), k, 0, 4),
+        "topk + scatter": lambda: _topk_scatter(weight.flatten(), k),
+        "copy": copy_seconds(2 * 4 * weight.numel(), device),
+    }
+    work = {"op": "project_", "dtype": "float32", "m": width, "k": width, "n": 1, "kept": k}
+    return _rows(work, interleaved(cases, chosen.rounds[width], device))
+
+
+def _topk_scatter(x: Tensor, k: int) -> Tensor:
+    index = x.abs().topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(x).scatter_(-1, index, x.gather(-1, index))
+
+
+def _rows(work: dict, taken: dict[str, list[float]]) -> list[dict]:
+    floor = statistics.median(taken.pop("copy"))
+    return [work | {"case": case, "seconds": seconds, "floor": floor} for case, seconds in taken.items()]

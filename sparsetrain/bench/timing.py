@@ -1,0 +1,69 @@
+"""Times functions side by side, in one process."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+LONGEST = 20.0  # seconds: what takes longer is called once
+
+
+def interleaved(cases: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Call every case once a round, in turn, so that a busy machine slows all of them alike.
+
+    Args:
+        cases: functions of no arguments, by name.
+        rounds: how many times each is timed, after one call that is not; one that takes over 20 s is timed once.
+        device: on CUDA, events on the stream are timed; on a CPU, the clock.
+
+    Returns:
+        For each name the seconds of its rounds, in order: the i-th of two names were taken side by side.
+    """
+    warm = {name: _seconds(case, device) for name, case in cases.items()}
+    slow = {name for name, seconds in warm.items() if seconds > LONGEST}
+    taken: dict[str, list[float]] = {name: [warm[name]] if name in slow else [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            if name not in slow:
+                taken[name].append(_seconds(case, device))
+    return taken
+
+
+def ratio(slower: list[float], faster: list[float]) -> tuple[float, float, float]:
+    """How many times faster: the median, least and greatest ratio over rounds taken side by side."""
+    ratios = [s / f for s, f in zip(slower, faster, strict=False)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def copy_seconds(n_bytes: int, device: torch.device) -> Callable[[], object]:
+    """A function that moves `n_bytes` through memory, half read and half written: the floor of any op that must."""
+    source = torch.ones(max(1, n_bytes // 8), dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def multiply_adds_per_second(device: torch.device) -> float:
+    """What the device reaches in fp32 outside matrix units: the floor of multiply-adds that are not in blocks.
+
+    On a CPU, a dense fp32 product (its vector units do both). On CUDA the figure is the chip's: 128 lanes a
+    multiprocessor at its clock.
+    """
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return properties.multi_processor_count * 128 * properties.clock_rate * 1e3
+    a = torch.randn(1024, 1024)
+    return 1024**3 / min(_seconds(lambda: a @ a, device) for _ in range(5))
+
+
+def _seconds(case: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        case()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    case()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3
