@@ -17,8 +17,9 @@ from torch import Tensor
 from sparsetrain.kernels import costs, cpu, reference
 from sparsetrain.kernels.sparse_weight import Order, SparseWeight
 
-Backend = Literal["auto", "reference", "cpu", "triton"]
+Backend = Literal["auto", "reference", "cpu", "triton", "triton rows", "triton slabs"]
 BACKENDS = ("auto", "reference", "cpu", "triton")
+DESIGNS = ("triton rows", "triton slabs")  # of sparse products; "triton" takes the one that should be faster
 BLOCK = {"cpu": 128, "cuda": 1024}  # tokens of a block that token-major activations are converted to
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,7 +36,7 @@ def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, b
         bias: (M,) or None.
         backend: "cpu" (float32, bfloat16), "triton" (CUDA; float32, bfloat16, float16), "reference" (a dense
             product, any type), or "auto": whichever of the fast one and the dense one the cost model says is
-            faster, which is logged once.
+            faster, which is logged once. "triton rows" and "triton slabs" are its two designs, see `slabs`.
 
     Returns:
         (..., M) in the type of x (of autocast, where it is on) and the layout of x, differentiable in x,
@@ -50,9 +51,8 @@ def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, b
     _check_linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    n = x.numel() // max(1, x.shape[-1])
-    chosen = _linear_backend(backend, x, weight, n)
-    if chosen == "reference" or n == 0:
+    chosen = _linear_backend(backend, x, weight)
+    if chosen == "reference" or x.numel() == 0:
         return reference.sparse_linear(x, weight, bias)
     blocks = _to_blocks(x)
     rows, columns = weight.rows, weight.columns
@@ -124,6 +124,14 @@ def project_(
     return weight.copy_(_module(chosen, "project").project(weight, k, min_per_row, min_per_column))
 
 
+def designs(x: Tensor, weight: SparseWeight) -> list[str]:
+    """The designs of Triton's sparse products that take x and the gradient of the result: backends to ask for."""
+    slabs = import_module("sparsetrain.kernels.slabs")
+    tokens = _block_tokens(x)
+    fits = all(slabs.suits(x.dtype, channels, tokens) for channels in weight.shape)
+    return list(DESIGNS if fits else DESIGNS[:1])
+
+
 def _check_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> None:
     if not isinstance(weight, SparseWeight):
         raise TypeError(f"weight must be a SparseWeight, got {type(weight).__name__}; build one with from_dense")
@@ -143,10 +151,10 @@ def _check_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> None:
         raise ValueError("; ".join(problems))
 
 
-def _pick(backend: Backend, x: Tensor) -> str:
+def _pick(backend: Backend, x: Tensor, allowed: tuple[str, ...] = BACKENDS) -> str:
     """The backend that runs for x: the one asked for if it can, or under "auto" the fast one if there is one."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend not in allowed:
+        raise ValueError(f"backend must be one of {', '.join(allowed)}, got {backend!r}")
     if backend == "auto":
         fast = "cpu" if x.device.type == "cpu" else "triton"
         return "reference" if _obstacle(fast, x) else fast
@@ -159,7 +167,7 @@ def _obstacle(backend: str, x: Tensor) -> str | None:
     """Why a backend cannot take x, or None."""
     if backend == "cpu" and (x.device.type != "cpu" or x.dtype not in cpu.NAMES):
         return f"it takes float32 and bfloat16 on the CPU, got {x.dtype} on {x.device.type}"
-    if backend == "triton":
+    if backend.startswith("triton"):
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if find_spec("triton") is None:
             return "the package triton is not installed"
@@ -170,42 +178,59 @@ def _obstacle(backend: str, x: Tensor) -> str | None:
     return None
 
 
-def _linear_backend(backend: Backend, x: Tensor, weight: SparseWeight, n: int) -> str:
-    """As `_pick`; "auto" compares the fast backend with the dense product, and says once what it took."""
-    fast = _pick(backend, x)
-    if backend != "auto" or fast == "reference":
+def _linear_backend(backend: Backend, x: Tensor, weight: SparseWeight) -> str:
+    """As `_pick`, with the design of Triton's; "auto" weighs the dense product too, and says once what it took."""
+    fast = _pick(backend, x, BACKENDS + DESIGNS)
+    candidates = designs(x, weight) if fast.startswith("triton") else [fast]
+    if fast in DESIGNS:
+        if fast not in candidates:
+            raise ValueError(
+                f"backend {fast!r} cannot run here: it takes bfloat16 and blocks of whole slabs of tokens, got "
+                f"{x.dtype} of shape {tuple(x.shape)}; use backend='triton'"
+            )
         return fast
+    if backend == "auto" and fast != "reference":
+        candidates.append("reference")
+    if len(candidates) == 1:
+        return candidates[0]
     training = torch.is_grad_enabled() and (x.requires_grad or weight.values.requires_grad)
-    seconds = {
-        kind: costs.predict(kind, x.device.type, x.dtype, *weight.shape, n, weight.n_nonzero, training)
-        for kind in costs.TERMS
-    }
-    chosen = fast if seconds["sparse"] <= seconds["dense"] else "reference"
-    case = (weight.shape, x.device.type, x.dtype)
+    device = "cpu" if fast == "cpu" else "cuda"
+    size = (*weight.shape, x.numel() // max(1, x.shape[-1]), weight.n_nonzero)
+    seconds = {name: costs.predict(name, device, x.dtype, size, training) for name in candidates}
+    chosen = min(candidates, key=seconds.__getitem__)
+    case = (weight.shape, device, x.dtype, training)
     if _taken.get(case) != chosen:
         _taken[case] = chosen
+        names = {name: "the dense product" if name == costs.DENSE else f"backend {name!r}" for name in seconds}
+        predicted = ", ".join(f"{names[name]} {1e3 * s:.3g} ms" for name, s in seconds.items())
         log.info(
-            "sparse_linear takes the %s product for %r and %d tokens: predicted %.3g ms sparse, %.3g ms dense (%s)",
-            "dense" if chosen == "reference" else f"sparse ({chosen})", weight, n,
-            1e3 * seconds["sparse"], 1e3 * seconds["dense"], costs.origin(x.device.type),
+            "sparse_linear takes %s for %r and %d tokens%s: predicted %s (%s)", names[chosen], weight, size[2],
+            " with gradients" if training else "", predicted, costs.origin(device),
         )  # fmt: skip
     return chosen
 
 
 def _module(backend: str, op: str):
     """Where an op of a backend lives. Triton is imported when it is first used: it takes time, and may be absent."""
-    if backend != "triton":
+    if not backend.startswith("triton"):
         return {"cpu": cpu, "reference": reference}[backend]
-    return import_module(f"sparsetrain.kernels.{op}")
+    return import_module(f"sparsetrain.kernels.{'slabs' if backend == 'triton slabs' else op}")
+
+
+def _block_tokens(x: Tensor) -> int:
+    """T, the tokens of a block: those of a sequence of what is channel-major, else as many as suit the device."""
+    if reference.is_channel_major(x):
+        return x.shape[-2]
+    n = x.numel() // x.shape[-1]
+    whole = BLOCK.get(x.device.type, n)
+    return whole if n % max(1, whole) == 0 else n
 
 
 def _to_blocks(x: Tensor) -> Tensor:
     """(..., K) to channel-major blocks (B, K, T): a view of what is channel-major, a transposed copy of the rest."""
     if reference.is_channel_major(x):
         return x.mT.reshape(-1, x.shape[-1], x.shape[-2])
-    n = x.numel() // x.shape[-1]
-    tokens = BLOCK[x.device.type] if n % BLOCK.get(x.device.type, n) == 0 else n
-    return x.reshape(-1, tokens, x.shape[-1]).mT.contiguous()
+    return x.reshape(-1, _block_tokens(x), x.shape[-1]).mT.contiguous()
 
 
 # Registered as custom ops so that torch.compile keeps them whole instead of tracing into ctypes or a launch.

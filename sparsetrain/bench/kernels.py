@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetrain.bench.timing import copy_seconds, interleaved, multiply_adds_per_second
-from sparsetrain.kernels import ops, reference
+from sparsetrain.kernels import costs, ops, reference
 from sparsetrain.kernels.sparse_weight import SparseWeight
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,9 @@ def _sparse_linear(
     for training in (False, True):
         cases: dict[str, Callable[[], object]] = {}
         for weight in weights:
-            _check_linear(weight, x, grad)
+            if not training:
+                for backend in _backends(x, weight):
+                    _check_linear(weight, x, grad, backend)
             cases |= _ours(weight, x, grad, training)
             if f"csr {dtype}" not in skipped:
                 cases |= _csr(weight, x, grad, training)
@@ -115,12 +117,18 @@ def _sparse_linear(
         for name, seconds in taken.items():
             case, _, density = name.partition(" at ")
             nnz = int(float(density) * width * width) if density else width * width
-            floor = max(copy, products * nnz * n / rate) if density else None
             yield work | {
-                "pass": "training" if training else "forward", "case": case,
-                "density": float(density) if density else 1.0, "nnz": nnz,
-                "seconds": seconds, "floor": floor,
+                "pass": "training" if training else "forward", "case": case, "backend": _backend_of(case, dtype),
+                "density": float(density) if density else 1.0, "nnz": nnz, "seconds": seconds,
+                "floor": max(copy, products * nnz * n / rate) if density else None,
             }  # fmt: skip
+
+
+def _backend_of(case: str, dtype: torch.dtype) -> str | None:
+    """The backend of `ops` whose cost a case measures, or None for what no backend does."""
+    if case.startswith("ours ("):
+        return case.removeprefix("ours (").removesuffix(")")
+    return costs.DENSE if case == {torch.float32: "dense fp32", torch.bfloat16: "dense bf16"}[dtype] else None
 
 
 def _hopeless(rows: list[dict]) -> set[str]:
@@ -141,14 +149,19 @@ def _sparse_matrix(width: int, density: float, generator: torch.Generator) -> Sp
 def _ours(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool) -> dict[str, Callable[[], object]]:
     density = f"{weight.density:.4g}"
     tokens, token_grad = (t.mT.reshape(-1, t.shape[1]).contiguous() for t in (x, grad))
-    return {
-        f"ours at {density}": _linear(weight, x.mT, grad.mT, training),
-        f"ours, token-major at {density}": _linear(weight, tokens, token_grad, training),
+    cases = {
+        f"ours ({backend}) at {density}": _linear(weight, x.mT, grad.mT, training, backend)
+        for backend in _backends(x, weight)
     }
-
-
-def _linear(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool) -> Callable[[], object]:
     backend = "cpu" if x.device.type == "cpu" else "triton"
+    return cases | {f"ours, token-major at {density}": _linear(weight, tokens, token_grad, training, backend)}
+
+
+def _backends(x: Tensor, weight: SparseWeight) -> list[str]:
+    return ["cpu"] if x.device.type == "cpu" else ops.designs(x.mT, weight)
+
+
+def _linear(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool, backend: str) -> Callable[[], object]:
     if not training:
         return lambda: ops.sparse_linear(x, weight, backend=backend)
     x = x.detach().requires_grad_()
@@ -196,9 +209,8 @@ def _csr(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool) -> dict[
     return {f"torch.sparse CSR at {weight.density:.4g}": step}
 
 
-def _check_linear(weight: SparseWeight, x: Tensor, grad: Tensor) -> None:
+def _check_linear(weight: SparseWeight, x: Tensor, grad: Tensor, backend: str) -> None:
     """Hold sampled outputs and gradients of the very tensors that are timed to sums in float64."""
-    backend = "cpu" if x.device.type == "cpu" else "triton"
     learnt = weight.with_values(weight.values.clone().requires_grad_())
     x = x.detach().requires_grad_()
     y = ops.sparse_linear(x.mT, learnt, backend=backend).mT  # (B, M, T)
@@ -212,10 +224,12 @@ def _check_linear(weight: SparseWeight, x: Tensor, grad: Tensor) -> None:
         ("the gradient of x", x_grad[:, lines], dense[:, lines].T @ grad.double()),
         ("the gradient of the values", values_grad[chosen], (grad[:, row].double() * x[:, column]).sum((0, 2))),
     ):
-        _hold(f"sparse_linear {weight!r} on {x.dtype}: {what}", ours, exact, TOLERANCE[x.dtype])
+        _hold(f"sparse_linear {weight!r} on {x.dtype}, {backend}: {what}", ours, exact, TOLERANCE[x.dtype])
     for what, whole in (("y", y), ("the gradient of x", x_grad), ("the gradient of the values", values_grad)):
         if not bool(whole.isfinite().all()):
-            raise BenchError(f"sparse_linear {weight!r} on {x.dtype}: {what} must be finite; it is not timed")
+            raise BenchError(
+                f"sparse_linear {weight!r} on {x.dtype}, {backend}: {what} must be finite; it is not timed"
+            )
 
 
 def _hold(what: str, ours: Tensor, exact: Tensor, tolerance: float) -> None:

@@ -3,15 +3,12 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
 from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
 
 from sparsetrain.bench.timing import ratio
 from sparsetrain.kernels import costs
-
-RIVALS = ("dense fp32", "dense bf16", "torch.sparse CSR")
 
 
 def summary(result: dict) -> str:
@@ -36,6 +33,13 @@ def summary(result: dict) -> str:
                 what = "forward and both gradients" if which == "training" else "forward alone"
                 parts.append(f"**`sparse_linear`, {dtype} activations, {what}**\n\n{_linear_table(chosen)}")
                 parts.append(_break_even_line(chosen))
+    if worst := worst_choice(result):
+        regret, row = worst
+        parts.append(
+            f"`auto` by the cost model fitted to these rows: at worst {regret - 1:.0%} slower than the faster of ours "
+            f"and dense ({row['backend']} taken at d = {row['k']}, density {row['density']:.2%}, {row['dtype']}, "
+            f"{row['pass']})."
+        )
     for op in ("abs_topk", "project_"):
         chosen = [row for row in rows if row["op"] == op]
         if chosen:
@@ -52,8 +56,8 @@ def break_even(rows: list[dict]) -> float | None:
     Returns:
         A density, or None where the measured ones do not enclose it.
     """
-    dense = min(median(row["seconds"]) for row in rows if row["case"].startswith("dense"))
-    ours = sorted((row["density"], median(row["seconds"])) for row in rows if row["case"] == "ours")
+    dense = median(_dense(rows)["seconds"])
+    ours = [(density, median(_ours(rows, density)["seconds"])) for density in _densities(rows)]
     for (low, before), (high, after) in pairwise(ours):
         if before <= dense < after:
             share = math.log(dense / before) / math.log(after / before)
@@ -61,20 +65,41 @@ def break_even(rows: list[dict]) -> float | None:
     return None
 
 
+def worst_choice(result: dict) -> tuple[float, dict] | None:
+    """How much slower than the faster of sparse and dense `auto` would be at worst, choosing by the fitted model.
+
+    Returns:
+        The greatest ratio of the chosen backend's measured time to the least, and the row it chose; None without rows.
+    """
+    model, worst = coefficients(result), None
+    for rows in _groups(result["rows"]):
+        by_type = model[rows[0]["dtype"]][rows[0]["pass"]]
+        for density in _densities(rows):
+            here = [row for row in rows if row["backend"] and row["density"] in (density, 1)]
+            size = next((r["m"], r["k"], r["n"], r["nnz"]) for r in here if r["density"] == density)
+            predicted = {
+                name: sum(by_type[name][term] * amount for term, amount in costs.terms(name, *size).items())
+                for name in by_type
+            }
+            chosen = min((row for row in here), key=lambda row: predicted[row["backend"]])
+            regret = median(chosen["seconds"]) / min(median(row["seconds"]) for row in here)
+            if worst is None or regret > worst[0]:
+                worst = regret, chosen | {"density": density}
+    return worst
+
+
 def coefficients(result: dict) -> dict:
     """The cost model of `kernels.costs`, fitted to one run: what costs.json holds for its kind of device."""
     env, rows = result["environment"], result["rows"]
-    linear = [row for row in rows if row["op"] == "sparse_linear"]
     fitted: dict = {"from": f"fitted to {env['device']}, {env['threads']} threads, {env['date']}"}
+    for row in rows:
+        if row["op"] == "sparse_linear" and row["backend"]:
+            passes = fitted.setdefault(row["dtype"], {}).setdefault(row["pass"], {})
+            size = (row["m"], row["k"], row["n"], row["nnz"])
+            passes.setdefault(row["backend"], []).append((*size, median(row["seconds"])))
     for dtype in ("float32", "bfloat16"):
-        for which in ("forward", "training"):
-            ours = [r for r in linear if (r["dtype"], r["pass"], r["case"]) == (dtype, which, "ours")]
-            short = "fp32" if dtype == "float32" else "bf16"
-            dense = [r for r in linear if (r["dtype"], r["pass"], r["case"]) == (dtype, which, f"dense {short}")]
-            fitted.setdefault(dtype, {})[which] = {
-                "sparse": costs.fit("sparse", _measured(ours)),
-                "dense": costs.fit("dense", _measured(dense)),
-            }
+        for passes in fitted[dtype].values():
+            passes |= {backend: costs.fit(backend, measured) for backend, measured in passes.items()}
     return fitted
 
 
@@ -93,27 +118,22 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def _measured(rows: list[dict]) -> list[tuple[int, int, int, int, float]]:
-    return [(row["m"], row["k"], row["n"], row["nnz"], median(row["seconds"])) for row in rows]
-
-
 def _linear_table(rows: list[dict]) -> str:
     lines = [
         "| d | tokens | density | ours, ms | token-major, ms | dense, ms | x dense | x dense, token-major | CSR, ms "
         "| x CSR | floor, ms | of floor |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for width, group in _by(rows, "k"):
-        found = list(group)
-        rival = min((r for r in found if r["case"].startswith("dense")), key=lambda r: median(r["seconds"]))
-        for density in sorted({r["density"] for r in found if r["case"] == "ours"}):
-            here = {r["case"]: r for r in found if r["density"] == density}
-            ours, tokens = here["ours"], here["ours, token-major"]
-            csr = here.get("torch.sparse CSR")
+    for found in _groups(rows):
+        rival = _dense(found)
+        for density in _densities(found):
+            ours = _ours(found, density)
+            tokens, csr = _case(found, "ours, token-major", density), _case(found, "torch.sparse CSR", density)
             cells = (
-                width, ours["n"], f"{density:.2%}", _ms(ours), _ms(tokens),
-                f"{_ms(rival)} ({rival['case'].removeprefix('dense ')})", _times(rival, ours), _times(rival, tokens),
-                _ms(csr) if csr else "-", _times(csr, ours) if csr else "-",
+                ours["k"], ours["n"], f"{density:.2%}",
+                _ms(ours) + {"triton rows": " (rows)", "triton slabs": " (slabs)"}.get(ours["backend"], ""),
+                _ms(tokens), f"{_ms(rival)} ({rival['case'].removeprefix('dense ')})",
+                _times(rival, ours), _times(rival, tokens), _ms(csr) if csr else "-", _times(csr, ours) if csr else "-",
                 f"{1e3 * ours['floor']:.3g}", f"{ours['floor'] / median(ours['seconds']):.0%}",
             )  # fmt: skip
             lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -122,30 +142,51 @@ def _linear_table(rows: list[dict]) -> str:
 
 def _break_even_line(rows: list[dict]) -> str:
     found = []
-    for width, group in _by(rows, "k"):
-        density = break_even(list(group))
-        greatest = max(row["density"] for row in rows if row["case"] == "ours")
-        found.append(f"{density:.1%} at d = {width}" if density else f"above {greatest:.0%} at d = {width}")
+    for group in _groups(rows):
+        density, greatest = break_even(group), max(_densities(group))
+        found.append(f"{density:.1%}" if density else f"above {greatest:.0%}")
+        found[-1] += f" at d = {group[0]['k']}"
     return f"Break-even density against the faster dense product: {', '.join(found)}."
+
+
+def _groups(rows: list[dict]) -> list[list[dict]]:
+    """Rows of sparse_linear by type, pass and width."""
+    linear = [row for row in rows if row["op"] == "sparse_linear"]
+    return [list(group) for _, group in groupby(linear, key=lambda row: (row["dtype"], row["pass"], row["k"]))]
+
+
+def _densities(rows: list[dict]) -> list[float]:
+    return sorted({row["density"] for row in rows} - {1.0})
+
+
+def _ours(rows: list[dict], density: float) -> dict:
+    """The fastest of our designs at a density."""
+    designs = [row for row in rows if row["density"] == density and row["case"].startswith("ours (")]
+    return min(designs, key=lambda row: median(row["seconds"]))
+
+
+def _dense(rows: list[dict]) -> dict:
+    """The faster dense product."""
+    return min((row for row in rows if row["density"] == 1), key=lambda row: median(row["seconds"]))
+
+
+def _case(rows: list[dict], case: str, density: float) -> dict | None:
+    return next((row for row in rows if (row["case"], row["density"]) == (case, density)), None)
 
 
 def _selection_table(rows: list[dict]) -> str:
     lines = ["| shape | kept | type | case | ms | x topk + scatter | floor, ms | of floor |", "|---|" + "---|" * 7]
-    for (m, k, dtype, kept), group in _by(rows, "m", "k", "dtype", "kept"):
+    for _, group in groupby(rows, key=lambda row: (row["m"], row["k"], row["dtype"])):
         found = list(group)
         rival = next(r for r in found if r["case"] == "topk + scatter")
         for row in found:
-            times = "" if row is rival else _times(rival, row)
-            lines.append(
-                f"| {m} x {k} | {kept} | {dtype} | {row['case']} | {_ms(row)} | {times} | {1e3 * row['floor']:.3g} "
-                f"| {row['floor'] / median(row['seconds']):.0%} |"
-            )
+            cells = (
+                f"{row['m']} x {row['k']}", row["kept"], row["dtype"], row["case"], _ms(row),
+                "" if row is rival else _times(rival, row), f"{1e3 * row['floor']:.3g}",
+                f"{row['floor'] / median(row['seconds']):.0%}",
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
-
-
-def _by(rows: Iterable[dict], *keys: str) -> Iterator[tuple]:
-    """Group neighbouring rows by the values of keys."""
-    yield from groupby(rows, key=lambda row: row[keys[0]] if len(keys) == 1 else tuple(row[key] for key in keys))
 
 
 def _ms(row: dict) -> str:
