@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-LONGEST = 20.0  # seconds: what takes longer is called once
+LONGEST = 30.0  # seconds that all rounds of one case may take: what is slower has fewer rounds
 
 
 def interleaved(cases: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -14,18 +14,17 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int, device: tor
 
     Args:
         cases: functions of no arguments, by name.
-        rounds: how many times each is timed, after one call that is not; one that takes over 20 s is timed once.
+        rounds: how many times each is timed, after one call that is not; fewer where that would take over 30 s.
         device: on CUDA, events on the stream are timed; on a CPU, the clock.
 
     Returns:
         For each name the seconds of its rounds, in order: the i-th of two names were taken side by side.
     """
-    warm = {name: _seconds(case, device) for name, case in cases.items()}
-    slow = {name for name, seconds in warm.items() if seconds > LONGEST}
-    taken: dict[str, list[float]] = {name: [warm[name]] if name in slow else [] for name in cases}
-    for _ in range(rounds):
+    allowed = {name: min(rounds, max(1, int(LONGEST / _seconds(case, device)))) for name, case in cases.items()}
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for i in range(rounds):
         for name, case in cases.items():
-            if name not in slow:
+            if i < allowed[name]:
                 taken[name].append(_seconds(case, device))
     return taken
 
