@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 TASK ?= single_double_quote
+GPU_TESTS := tests/test_kernels.py tests/test_sparse_linear.py tests/test_slabs.py tests/test_triton_topk.py
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench gpu lint clean
 
 demo: .venv/installed
 	$(BIN)/sparsetrain train configs/quickstart.yaml
@@ -17,6 +18,16 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+# Half an hour on 2 cores. Rewrites docs/benchmarks.md and the cost model of backend="auto".
+bench: .venv/installed
+	$(BIN)/sparsetrain bench --publish
+
+# On a machine with a CUDA device, under ten minutes, with that machine's own Python and packages.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -q -o addopts= $(GPU_TESTS)
+	PYTHONPATH=. $(PYTHON) -m sparsetrain.bench.designs docs/designs-cuda.json
+	PYTHONPATH=. $(PYTHON) -m sparsetrain bench --device cuda --publish
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ seconds per unit, by kind of device, type of activation, pass and backend, in co
 """
 
 import json
+import math
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -28,9 +29,14 @@ def terms(backend: str, m: int, k: int, n: int, nnz: int) -> dict[str, int]:
 
 
 def predict(backend: str, device: str, dtype: torch.dtype, size: tuple[int, int, int, int], training: bool) -> float:
-    """Seconds that a product takes; `training` adds both gradients. `size` is (m, k, n, nnz) as in `terms`."""
+    """Seconds that a product takes; `training` adds both gradients. `size` is (m, k, n, nnz) as in `terms`.
+
+    Infinite where the benchmark gave up on a backend: bf16 products on a CPU without bf16 units.
+    """
     name = "float32" if dtype == torch.float32 else "bfloat16"  # float16 moves as many bytes
-    coefficients = table()[device][name]["training" if training else "forward"][backend]
+    coefficients = table()[device][name]["training" if training else "forward"].get(backend)
+    if coefficients is None:
+        return math.inf
     return sum(coefficients[term] * amount for term, amount in terms(backend, *size).items())
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetrain.kernels.native import library
+from sparsetrain.kernels.reference import is_channel_major
 from sparsetrain.kernels.sparse_weight import Order
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -20,22 +21,29 @@ SMALL = 1 << 21  # multiply-adds, or elements, below which a second thread costs
 
 
 def abs_topk(x: Tensor, k: int) -> Tensor:
-    """`reference.abs_topk` without its gradient."""
-    x = x.contiguous()
+    """`reference.abs_topk` without its gradient. The result has the layout of x, token-major or channel-major."""
     if library() is None:
         return _abs_topk_numpy(x, k)
+    down = is_channel_major(x)
+    x = x if down else x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
-    if x.numel():
-        _call("abs_topk", x.dtype, x, out, x.numel() // width, width, k, threads=_threads(16 * x.numel()))
+    if not x.numel():
+        return out
+    threads = _threads(16 * x.numel())  # a bisection reads x this many times, more or less
+    if down:
+        tokens = x.shape[-2]
+        _call("abs_topk_down", x.dtype, x, out, x.numel() // (width * tokens), width, tokens, k, threads=threads)
+    else:
+        _call("abs_topk", x.dtype, x, out, x.numel() // width, width, k, threads=threads)
     return out
 
 
 def abs_topk_backward(grad: Tensor, out: Tensor) -> Tensor:
-    """The gradient of `abs_topk` at its input, from its output."""
+    """The gradient of `abs_topk` at its input, from its output, in the layout of the output."""
     if library() is None:
         return grad * (out != 0)
-    grad = grad.contiguous()
+    grad = grad.mT.contiguous().mT if is_channel_major(out) else grad.contiguous()
     in_grad = torch.empty_like(grad)
     _call("abs_topk_backward", grad.dtype, grad, out, in_grad, grad.numel(), threads=_threads(grad.numel()))
     return in_grad

@@ -310,18 +310,19 @@ def _abs_topk_backward(grad: Tensor, out: Tensor, backend: str) -> Tensor:
 
 @_abs_topk.register_fake
 def _(x: Tensor, k: int, backend: str) -> Tensor:
-    return _laid_out_as(x, backend)
+    return _laid_out_as(x)
 
 
 @_abs_topk_backward.register_fake
 def _(grad: Tensor, out: Tensor, backend: str) -> Tensor:
-    return _laid_out_as(out, backend)
+    return _laid_out_as(out)
 
 
-def _laid_out_as(x: Tensor, backend: str) -> Tensor:
-    """An empty tensor like x. Triton keeps its layout; the CPU path returns token-major."""
-    keeps = backend == "triton" and reference.is_channel_major(x)
-    return torch.empty_like(x) if keeps else torch.empty_like(x, memory_format=torch.contiguous_format)
+def _laid_out_as(x: Tensor) -> Tensor:
+    """An empty tensor in the layout of x, channel-major or else token-major."""
+    if reference.is_channel_major(x):
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _keep_output(ctx, inputs, output) -> None:

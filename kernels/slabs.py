@@ -46,14 +46,16 @@ class Slices:
     height: int
 
 
-_slices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_slices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of an order's offsets: {height: Slices}
 
 
-def slices(order: Order, channels: int) -> Slices:
-    """The slices of an order whose indices are below `channels`, made once for each."""
-    if order.offsets not in _slices:
-        _slices[order.offsets] = _cut(order, WARPS * 32 * WORDS * 2 // slab_tokens(channels))
-    return _slices[order.offsets]
+def slices(order: Order, slab: int, warps: int = WARPS) -> Slices:
+    """The slices of an order for slabs of so many tokens, of as many lines as the warps take; made once for each."""
+    height = warps * 32 * WORDS * 2 // slab
+    made = _slices.setdefault(order.offsets, {})
+    if height not in made:
+        made[height] = _cut(order, height)
+    return made[height]
 
 
 def slab_tokens(channels: int) -> int:
@@ -66,17 +68,26 @@ def suits(dtype: torch.dtype, channels: int, tokens: int) -> bool:
     return dtype == torch.bfloat16 and channels <= CHANNELS and tokens % slab_tokens(channels) == 0
 
 
-def matmul(x: Tensor, values: Tensor, order: Order, bias: Tensor | None = None) -> Tensor:
-    """As `sparse_linear.matmul`, for bf16. Differs: the values are rounded to bf16, as a dense product's would be."""
+def matmul(
+    x: Tensor, values: Tensor, order: Order, bias: Tensor | None = None, slab: int | None = None, warps: int = WARPS
+) -> Tensor:
+    """As `sparse_linear.matmul`, for bf16. Differs: the values are rounded to bf16, as a dense product's would be.
+
+    Args:
+        x, values, order, bias: as there.
+        slab: tokens of a slab, a power of two that divides T; None takes what fits in L1.
+        warps: of a program.
+    """
     blocks, channels, tokens = x.shape
     y = torch.empty(blocks, order.n_lines, tokens, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    cut, pairs = slices(order, channels), slab_tokens(channels) // 2
+    slab = slab or slab_tokens(channels)
+    cut, pairs = slices(order, slab, warps), slab // 2
     with torch.cuda.device_of(x):
         _matmul[(blocks * tokens // (2 * pairs),)](
             x.view(torch.int32), y.view(torch.int32), _pack(values, order, cut), cut.lines, cut.starts, cut.full, bias,
-            cut.full.numel(), order.n_lines, channels, tokens // 2, PAIRS=pairs, R=cut.height, num_warps=WARPS,
+            cut.full.numel(), order.n_lines, channels, tokens // 2, PAIRS=pairs, R=cut.height, num_warps=warps,
         )  # fmt: skip
     return y
 
@@ -84,7 +95,8 @@ def matmul(x: Tensor, values: Tensor, order: Order, bias: Tensor | None = None) 
 def sampled_matmul(y: Tensor, x: Tensor, order: Order) -> Tensor:
     """As `sparse_linear.sampled_matmul`, for bf16. Each group of slabs adds to its own partial sums, in order."""
     blocks, channels, tokens = x.shape
-    cut, pairs = slices(order, channels), slab_tokens(channels) // 2
+    slab = slab_tokens(channels)
+    cut, pairs = slices(order, slab), slab // 2
     n_slabs, n_slices = blocks * tokens // (2 * pairs), cut.full.numel()
     groups = max(1, min(GROUPS, n_slabs))
     partial = torch.empty(groups, cut.source.numel(), dtype=torch.float32, device=x.device)
@@ -99,9 +111,9 @@ def sampled_matmul(y: Tensor, x: Tensor, order: Order) -> Tensor:
     return partial[:, cut.slots].sum(0)
 
 
-def padding(order: Order, channels: int) -> float:
+def padding(order: Order, slab: int, warps: int = WARPS) -> float:
     """Slots over nonzeros, 1 or more: what the slices of an order cost in work."""
-    cut = slices(order, channels)
+    cut = slices(order, slab, warps)
     return (cut.source.numel() - cut.height) / max(1, order.indices.numel())
 
 

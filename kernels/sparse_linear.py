@@ -19,7 +19,7 @@ NONZEROS_AT_ONCE = 8  # nonzeros of a line that share one read of y
 PROGRAMS = 8192  # programs that fill the largest GPU several times over; fewer lines are split by tokens
 
 
-def matmul(x: Tensor, values: Tensor, order: Order, bias: Tensor | None = None) -> Tensor:
+def matmul(x: Tensor, values: Tensor, order: Order, bias: Tensor | None = None, tile: int = TILE) -> Tensor:
     """A x + bias for a sparse A (L, K).
 
     Args:
@@ -27,6 +27,7 @@ def matmul(x: Tensor, values: Tensor, order: Order, bias: Tensor | None = None) 
         values: (E,) in the order of `order`; read in their own type.
         order: the L lines of A.
         bias: (L,) or None.
+        tile: tokens of a program, a power of two.
 
     Returns:
         (B, L, T) in the type of x. Sums are fp32 (fp64 for fp64), in the order of the nonzeros.
@@ -35,7 +36,7 @@ def matmul(x: Tensor, values: Tensor, order: Order, bias: Tensor | None = None) 
     y = torch.empty(blocks, order.n_lines, tokens, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    tile = min(TILE, triton.next_power_of_2(tokens))
+    tile = min(tile, triton.next_power_of_2(tokens))
     grid = (order.n_lines * blocks * triton.cdiv(tokens, tile),)
     with torch.cuda.device_of(x):
         _matmul[grid](

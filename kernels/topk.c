@@ -1,11 +1,18 @@
-/* Exact selection of the k entries of greatest magnitude in each row, for CPUs.
+/* Exact selection of the k entries of greatest magnitude in each row, or in each column, for CPUs.
  *
  * The magnitudes of IEEE floats order like their bits without the sign, so the k-th largest is found by bisecting
- * an integer threshold; each step counts one row, which stays in the L1 cache and vectorises. Ties at the
- * threshold go to the lowest index. NaN counts as larger than every number.
+ * an integer threshold; each step counts one row, which stays in the L1 cache and vectorises. Columns are taken 16 at
+ * a time, each with a threshold of its own. Ties at the threshold go to the lowest index. NaN counts as larger than
+ * every number.
  */
 #ifndef WORD /* The file includes itself, once for each type of float: see its end. */
 #include <stdint.h>
+#include <stdlib.h>
+
+#define ACROSS 16    /* columns taken together: two vectors of fp32, one of bf16 */
+#define FLUSH 16384  /* rows whose count fits the smallest type */
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -28,8 +35,26 @@
 
 #else
 
+/* How many of at most FLUSH magnitudes are `least` or more; the sum is of the smallest type, so the most lanes. */
+static inline int64_t NAMED(count_few)(const WORD *x, int64_t n, COUNT least) {
+    COUNT above = 0;
+    for (int64_t i = 0; i < n; i++) above += (COUNT)(x[i] & SIGNLESS) >= least;
+    return above;
+}
+
+static int64_t NAMED(count)(const WORD *x, int64_t d, COUNT least, int32_t threads) {
+    int64_t above = 0;
+    if (threads > 1) {
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : above)
+        for (int64_t from = 0; from < d; from += FLUSH) above += NAMED(count_few)(x + from, smaller(FLUSH, d - from), least);
+    } else {
+        for (int64_t from = 0; from < d; from += FLUSH) above += NAMED(count_few)(x + from, smaller(FLUSH, d - from), least);
+    }
+    return above;
+}
+
 /* y = the k entries of x (d of them) that are greatest in magnitude, the others zero. */
-static void NAMED(keep)(const WORD *restrict x, WORD *restrict y, int64_t d, int64_t k) {
+static void NAMED(keep)(const WORD *restrict x, WORD *restrict y, int64_t d, int64_t k, int32_t threads) {
     COUNT top = 0;
     int64_t low = 0, high; /* count(>= low) >= k > count(>= high); wider than COUNT, since high may pass its end */
     for (int64_t i = 0; i < d; i++) {
@@ -40,8 +65,7 @@ static void NAMED(keep)(const WORD *restrict x, WORD *restrict y, int64_t d, int
     int64_t kept = d; /* how many are >= low */
     while (high - low > 1 && kept != k) {
         COUNT middle = (COUNT)((low + high) / 2);
-        int32_t above = 0;
-        for (int64_t i = 0; i < d; i++) above += (COUNT)(x[i] & SIGNLESS) >= middle;
+        int64_t above = NAMED(count)(x, d, middle, threads);
         if (above >= k) {
             low = middle;
             kept = above;
@@ -58,10 +82,78 @@ static void NAMED(keep)(const WORD *restrict x, WORD *restrict y, int64_t d, int
     }
 }
 
-/* out = AbsTopK(in) for n rows of d. */
+/* The same down each of `width` neighbouring columns of a matrix of d rows, `stride` apart; `copy` holds d * ACROSS. */
+static void NAMED(keep_down)(const WORD *restrict x, WORD *restrict y, int64_t d, int64_t stride, int width, int64_t k,
+                             COUNT *restrict copy) {
+    int64_t low[ACROSS] = {0}, high[ACROSS], kept[ACROSS];
+    COUNT top[ACROSS] = {0}, middle[ACROSS] = {0};
+    for (int64_t i = 0; i < d; i++)
+        for (int c = 0; c < ACROSS; c++) {
+            COUNT magnitude = c < width ? (COUNT)(x[i * stride + c] & SIGNLESS) : 0;
+            copy[i * ACROSS + c] = magnitude;
+            top[c] = magnitude > top[c] ? magnitude : top[c];
+        }
+    for (int c = 0; c < ACROSS; c++) {
+        high[c] = (int64_t)top[c] + 1;
+        kept[c] = d;
+    }
+    for (int unfinished = 1; unfinished;) {
+        int64_t above[ACROSS] = {0};
+        unfinished = 0;
+        for (int c = 0; c < width; c++) {
+            unfinished |= high[c] - low[c] > 1 && kept[c] != k;
+            middle[c] = (COUNT)((low[c] + high[c]) / 2);
+        }
+        for (int64_t from = 0; unfinished && from < d; from += FLUSH) {
+            COUNT some[ACROSS] = {0};
+            for (int64_t i = from; i < smaller(from + FLUSH, d); i++)
+                for (int c = 0; c < ACROSS; c++) some[c] += copy[i * ACROSS + c] >= middle[c];
+            for (int c = 0; c < ACROSS; c++) above[c] += some[c];
+        }
+        for (int c = 0; c < width; c++)
+            if (high[c] - low[c] > 1 && kept[c] != k) {
+                if (above[c] >= k) {
+                    low[c] = middle[c];
+                    kept[c] = above[c];
+                } else {
+                    high[c] = middle[c];
+                }
+            }
+    }
+    for (int64_t i = 0; i < d; i++)
+        for (int c = 0; c < width; c++) y[i * stride + c] = copy[i * ACROSS + c] >= (COUNT)low[c] ? x[i * stride + c] : 0;
+    for (int c = 0; c < width; c++)
+        for (int64_t i = d - 1; kept[c] > k && i >= 0; i--)
+            if (copy[i * ACROSS + c] == (COUNT)low[c]) {
+                y[i * stride + c] = 0;
+                kept[c]--;
+            }
+}
+
+/* out = AbsTopK(in) down the columns of `blocks` matrices of d rows and `tokens` columns. */
+void NAMED(abs_topk_down)(const WORD *in, WORD *out, int64_t blocks, int64_t d, int64_t tokens, int64_t k,
+                          int32_t threads) {
+    int64_t tiles = (tokens + ACROSS - 1) / ACROSS;
+#pragma omp parallel num_threads(threads)
+    {
+        COUNT *copy = malloc(d * ACROSS * sizeof(COUNT));
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < blocks * tiles; tile++) {
+            int64_t column = tile % tiles * ACROSS, start = tile / tiles * d * tokens + column;
+            NAMED(keep_down)(in + start, out + start, d, tokens, (int)smaller(ACROSS, tokens - column), k, copy);
+        }
+        free(copy);
+    }
+}
+
+/* out = AbsTopK(in) for n rows of d: rows in parallel, or the counts of a single long one. */
 void NAMED(abs_topk)(const WORD *in, WORD *out, int64_t n, int64_t d, int64_t k, int32_t threads) {
+    if (n == 1) {
+        NAMED(keep)(in, out, d, k, threads);
+        return;
+    }
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < n; row++) NAMED(keep)(in + row * d, out + row * d, d, k);
+    for (int64_t row = 0; row < n; row++) NAMED(keep)(in + row * d, out + row * d, d, k, 1);
 }
 
 /* Gradient of AbsTopK: passes where the output is not zero. */

@@ -8,11 +8,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"kernels"},
-    {"config", "task_fragments"},
+    {"config", "task_fragments", "machine"},
     {"data", "model", "task_prompts"},
     {"sparsity", "checkpoint", "tasks"},
     {"optim", "record", "threads"},
-    {"train", "pruning"},
+    {"train", "pruning", "bench"},
     {"analysis"},
     {"cli"},
     {"__main__", "__init__"},

@@ -48,8 +48,15 @@ def test_make_targets_exist():
     assert all(re.search(rf"^{name}:", makefile, re.M) for name in named)
 
 
+def test_the_example_of_sparse_products_runs():
+    (code,) = (block for block in blocks("python") if "sparse_linear" in block)
+    names: dict = {}
+    exec(code, names)
+    assert names["y"].shape == (8, 512, 1024) and names["y"].mT.is_contiguous()
+
+
 def test_the_python_example_runs(tiny_run, tmp_path, monkeypatch):
-    (code,) = blocks("python")
+    (code,) = (block for block in blocks("python") if "sparsetrain.load" in block)
     shutil.copytree(tiny_run, tmp_path / "runs" / "quickstart")
     monkeypatch.chdir(tmp_path)
     settings = ["steps=5", "train_pairs=4", "heldout_pairs=4", "reference_tokens=64", "target_loss=9", "nonsense=false"]

@@ -63,6 +63,13 @@ def test_every_output_is_written(monkeypatch):
     assert slabs.sampled_matmul(y, x, weight.rows).isfinite().all()
 
 
+@pytest.mark.parametrize("slab, warps", [(32, 8), (16, 32), (8, 4)])
+def test_any_slab_and_number_of_warps_give_the_same_bits(slab, warps):
+    weight, x = SparseWeight.from_dense(CASES["skewed"].to(DEVICE)), activations(40, 0)
+    expected = slabs.matmul(x, weight.values, weight.rows)
+    assert torch.equal(slabs.matmul(x, weight.values, weight.rows, slab=slab, warps=warps), expected)
+
+
 def test_padding_reads_nothing_of_the_lines_that_have_ended():
     """A NaN in the channel that an empty slot would name must not reach lines without that channel."""
     dense = CASES["skewed"]
@@ -75,13 +82,13 @@ def test_padding_reads_nothing_of_the_lines_that_have_ended():
 
 def test_slices_hold_every_nonzero_once_and_are_made_once():
     weight = SparseWeight.from_dense(CASES["skewed"])
-    cut = slabs.slices(weight.rows, 40)
-    assert slabs.slices(weight.rows, 40) is cut
+    cut = slabs.slices(weight.rows, 64)
+    assert slabs.slices(weight.rows, 64) is cut
     assert sorted(cut.slots.tolist()) == cut.slots.unique().tolist()
     assert torch.equal(cut.source[cut.slots], torch.arange(weight.n_nonzero, dtype=torch.int32))
     assert (cut.starts % cut.height == 0).all()
-    assert slabs.padding(weight.rows, 40) > 1.3
-    assert slabs.padding(SparseWeight.from_dense(torch.ones(128, 8)).rows, 8) == 1
+    assert slabs.padding(weight.rows, 64) > 1.3
+    assert slabs.padding(SparseWeight.from_dense(torch.ones(128, 8)).rows, 64) == 1
 
 
 @pytest.mark.parametrize("channels, tokens", [(1024, 64), (1600, 64), (1601, 32), (2048, 32), (4096, 16), (65536, 8)])

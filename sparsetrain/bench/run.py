@@ -41,4 +41,5 @@ def bench(device: torch.device, out: Path, quick: bool = False, publish: bool = 
         write_json(ROOT / "docs" / f"{name}.json", result)
         report.write_section(ROOT / "docs" / "benchmarks.md", name, text)
         write_json(costs.FILE, {**costs.table(), device.type: report.coefficients(result)})
+        costs.table.cache_clear()
     return f"{text}\n\nfigures: {out}"

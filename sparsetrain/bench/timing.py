@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-LONGEST = 30.0  # seconds that all rounds of one case may take: what is slower has fewer rounds
+LONGEST = 10.0  # seconds that all rounds of one case may take: what is slower has fewer rounds
 
 
 def interleaved(cases: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -14,7 +14,7 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int, device: tor
 
     Args:
         cases: functions of no arguments, by name.
-        rounds: how many times each is timed, after one call that is not; fewer where that would take over 30 s.
+        rounds: how many times each is timed, after one call that is not; fewer where that would take over 10 s.
         device: on CUDA, events on the stream are timed; on a CPU, the clock.
 
     Returns:
