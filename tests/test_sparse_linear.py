@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsetrain.kernels import cpu, native, ops, reference
+from sparsetrain.kernels import cpu, native, ops, reference, slabs
 from sparsetrain.kernels.sparse_weight import SparseWeight
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 BACKENDS = ["triton"] if CUDA else ["cpu", "triton"]  # without a GPU Triton's interpreter runs the kernels
 # ||ours - float64|| over the norm of the sums of magnitudes. A bf16 result is rounded once; its operands are exact.
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float64: 1e-14}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float64: 1e-14}
 if os.environ.get("TRITON_INTERPRET") == "1":
     TOLERANCE[torch.bfloat16] = 8e-3  # the interpreter truncates
 SHAPES = [(3, 5), (1, 1), (16, 33), (130, 5), (2, 3, 20), (2, 64, 5), (7,), (2, 2, 9, 6)]
@@ -138,6 +138,28 @@ def test_every_output_is_written(backend, monkeypatch):
     x = channel_major(random((77, 20)))
     for found in step(skewed(13, 20).to(DEVICE), x, random((77, 13)), random(13), backend):
         assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton slabs"])
+def test_offsets_beyond_two_to_the_31_are_right(backend):
+    """The last channel of a plane of 2^31 entries and more; the memory between is never touched."""
+    channels, tokens = 2**15 + 8, 2**16
+    x = torch.empty(1, channels, tokens, dtype=torch.bfloat16, device=DEVICE)
+    x[0, -1] = random((tokens,), torch.bfloat16)
+    x[0, 5] = random((tokens,), torch.bfloat16, seed=1)
+    weight = SparseWeight.from_rows(
+        (1, channels), torch.tensor([2.0, -1.0], device=DEVICE), torch.tensor([5, channels - 1], device=DEVICE),
+        torch.tensor([0, 2], device=DEVICE),
+    )  # fmt: skip
+    if backend == "triton slabs" and not CUDA:
+        y = slabs.matmul(x, weight.values, weight.rows, slab=4096, warps=64)[0, 0]  # fewer programs to interpret
+    else:
+        y = ops.sparse_linear(x.mT, weight, backend=backend)[0, :, 0]
+    torch.testing.assert_close(y, 2 * x[0, 5] - x[0, -1], rtol=2**-7, atol=2**-7)
+
+
+def test_half_precision_on_triton():
+    assert_equal_to_float64(masked(9, 20, 0.3), channel_major(random((33, 20), torch.float16)), "triton", torch.float16)
 
 
 def test_gradcheck_through_triton():
