@@ -92,14 +92,21 @@ void NAMED(matmul)(const ELEMENT *x, ELEMENT *y, const float *values, const int3
                    int32_t threads) {
     int64_t tiles = (tokens + TILE - 1) / TILE, parts = (lines + LINES_AT_ONCE - 1) / LINES_AT_ONCE;
     int32_t last = offsets[lines] - 1;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+#pragma omp parallel for collapse(2) schedule(dynamic, 4) num_threads(threads)
     for (int64_t tile = 0; tile < blocks * tiles; tile++)
         for (int64_t part = 0; part < parts; part++) {
             int64_t block = tile / tiles, start = tile % tiles * TILE, stop = smaller(start + TILE, tokens);
             const ELEMENT *in = x + block * channels * tokens;
             int64_t end = smaller((part + 1) * LINES_AT_ONCE, lines);
+            int64_t after = smaller(tile + 1, blocks * tiles - 1);
+            const ELEMENT *soon = x + after / tiles * channels * tokens + after % tiles * TILE;
             for (int64_t line = part * LINES_AT_ONCE; line < end; line++) {
                 ELEMENT *out = y + (block * lines + line) * tokens;
+                /* Nonzeros come in random order, which no hardware prefetches; each line fetches its share of what
+                   the next tile will read. */
+                for (int64_t c = line * channels / lines; c < (line + 1) * channels / lines; c++)
+                    for (int i = 0; i < TILE * (int)sizeof(ELEMENT); i += 64)
+                        __builtin_prefetch((const char *)(soon + c * tokens) + i, 0, 2);
                 int32_t from = offsets[line], to = offsets[line + 1];
                 float add = bias ? bias[line] : 0;
                 int64_t t = start;

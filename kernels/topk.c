@@ -8,15 +8,19 @@
 #ifndef WORD /* The file includes itself, once for each type of float: see its end. */
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
-#define ACROSS 16    /* columns taken together: two vectors of fp32, one of bf16 */
-#define FLUSH 16384  /* rows whose count fits the smallest type */
+#define ACROSS 16   /* columns taken together: two vectors of fp32, one of bf16 */
+#define FLUSH 16384 /* rows whose count fits the smallest type */
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 #define NAMED(name) JOIN(name, SUFFIX)
+
+typedef int32_t lanes_float32 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int16_t lanes_bfloat16 __attribute__((vector_size(32), aligned(2), may_alias));
 
 #define WORD uint32_t
 #define COUNT int32_t
@@ -27,6 +31,8 @@ static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 #undef COUNT
 #undef SIGNLESS
 #undef SUFFIX
+#undef LANES
+#undef VECTORS
 #define WORD uint16_t
 #define COUNT int16_t
 #define SIGNLESS 0x7fffu
@@ -82,19 +88,26 @@ static void NAMED(keep)(const WORD *restrict x, WORD *restrict y, int64_t d, int
     }
 }
 
-/* The same down each of `width` neighbouring columns of a matrix of d rows, `stride` apart; `copy` holds d * ACROSS. */
-static void NAMED(keep_down)(const WORD *restrict x, WORD *restrict y, int64_t d, int64_t stride, int width, int64_t k,
-                             COUNT *restrict copy) {
-    int64_t low[ACROSS] = {0}, high[ACROSS], kept[ACROSS];
-    COUNT top[ACROSS] = {0}, middle[ACROSS] = {0};
-    for (int64_t i = 0; i < d; i++)
-        for (int c = 0; c < ACROSS; c++) {
-            COUNT magnitude = c < width ? (COUNT)(x[i * stride + c] & SIGNLESS) : 0;
-            copy[i * ACROSS + c] = magnitude;
-            top[c] = magnitude > top[c] ? magnitude : top[c];
+#define LANES NAMED(lanes)
+#define VECTORS (ACROSS * (int)sizeof(WORD) / 32)
+
+/* The same down each of `width` neighbouring columns of a matrix of d rows, `stride` apart; `copy` holds the
+   magnitudes, d * VECTORS. */
+static void NAMED(keep_down)(const WORD *x, WORD *y, int64_t d, int64_t stride, int width, int64_t k, LANES *copy) {
+    WORD padded[ACROSS] = {0};
+    union { LANES vector[VECTORS]; COUNT lane[ACROSS]; } top = {{{0}}}, middle = {{{0}}}, some;
+    for (int64_t i = 0; i < d; i++) {
+        const WORD *row = x + i * stride;
+        if (width < ACROSS) row = memcpy(padded, row, width * sizeof(WORD));
+        for (int v = 0; v < VECTORS; v++) {
+            LANES magnitude = ((const LANES *)row)[v] & (COUNT)SIGNLESS, greater = magnitude > top.vector[v];
+            copy[i * VECTORS + v] = magnitude;
+            top.vector[v] = (magnitude & greater) | (top.vector[v] & ~greater);
         }
+    }
+    int64_t low[ACROSS] = {0}, high[ACROSS], kept[ACROSS];
     for (int c = 0; c < ACROSS; c++) {
-        high[c] = (int64_t)top[c] + 1;
+        high[c] = (int64_t)top.lane[c] + 1;
         kept[c] = d;
     }
     for (int unfinished = 1; unfinished;) {
@@ -102,29 +115,38 @@ static void NAMED(keep_down)(const WORD *restrict x, WORD *restrict y, int64_t d
         unfinished = 0;
         for (int c = 0; c < width; c++) {
             unfinished |= high[c] - low[c] > 1 && kept[c] != k;
-            middle[c] = (COUNT)((low[c] + high[c]) / 2);
+            middle.lane[c] = (COUNT)((low[c] + high[c]) / 2);
         }
         for (int64_t from = 0; unfinished && from < d; from += FLUSH) {
-            COUNT some[ACROSS] = {0};
-            for (int64_t i = from; i < smaller(from + FLUSH, d); i++)
-                for (int c = 0; c < ACROSS; c++) some[c] += copy[i * ACROSS + c] >= middle[c];
-            for (int c = 0; c < ACROSS; c++) above[c] += some[c];
+            for (int v = 0; v < VECTORS; v++) {
+                LANES sum = {0};
+                for (int64_t i = from; i < smaller(from + FLUSH, d); i++)
+                    sum -= copy[i * VECTORS + v] >= middle.vector[v]; /* true is -1 */
+                some.vector[v] = sum;
+            }
+            for (int c = 0; c < ACROSS; c++) above[c] += some.lane[c];
         }
         for (int c = 0; c < width; c++)
             if (high[c] - low[c] > 1 && kept[c] != k) {
                 if (above[c] >= k) {
-                    low[c] = middle[c];
+                    low[c] = middle.lane[c];
                     kept[c] = above[c];
                 } else {
-                    high[c] = middle[c];
+                    high[c] = middle.lane[c];
                 }
             }
     }
-    for (int64_t i = 0; i < d; i++)
-        for (int c = 0; c < width; c++) y[i * stride + c] = copy[i * ACROSS + c] >= (COUNT)low[c] ? x[i * stride + c] : 0;
+    for (int c = 0; c < ACROSS; c++) middle.lane[c] = (COUNT)low[c];
+    for (int64_t i = 0; i < d; i++) {
+        const WORD *row = x + i * stride;
+        if (width < ACROSS) row = memcpy(padded, row, width * sizeof(WORD));
+        for (int v = 0; v < VECTORS; v++)
+            some.vector[v] = ((const LANES *)row)[v] & (copy[i * VECTORS + v] >= middle.vector[v]);
+        memcpy(y + i * stride, &some, width * sizeof(WORD));
+    }
     for (int c = 0; c < width; c++)
         for (int64_t i = d - 1; kept[c] > k && i >= 0; i--)
-            if (copy[i * ACROSS + c] == (COUNT)low[c]) {
+            if (((COUNT *)(copy + i * VECTORS))[c] == (COUNT)low[c]) {
                 y[i * stride + c] = 0;
                 kept[c]--;
             }
@@ -136,8 +158,8 @@ void NAMED(abs_topk_down)(const WORD *in, WORD *out, int64_t blocks, int64_t d, 
     int64_t tiles = (tokens + ACROSS - 1) / ACROSS;
 #pragma omp parallel num_threads(threads)
     {
-        COUNT *copy = malloc(d * ACROSS * sizeof(COUNT));
-#pragma omp for schedule(static)
+        LANES *copy = malloc(d * VECTORS * sizeof(LANES));
+#pragma omp for schedule(dynamic, 4)
         for (int64_t tile = 0; tile < blocks * tiles; tile++) {
             int64_t column = tile % tiles * ACROSS, start = tile / tiles * d * tokens + column;
             NAMED(keep_down)(in + start, out + start, d, tokens, (int)smaller(ACROSS, tokens - column), k, copy);
@@ -152,7 +174,7 @@ void NAMED(abs_topk)(const WORD *in, WORD *out, int64_t n, int64_t d, int64_t k,
         NAMED(keep)(in, out, d, k, threads);
         return;
     }
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
     for (int64_t row = 0; row < n; row++) NAMED(keep)(in + row * d, out + row * d, d, k, 1);
 }
 

@@ -26,6 +26,45 @@ def test_abs_topk_equals_its_definition(shape, k, fill, dtype):
         assert torch.equal(cpu._abs_topk_numpy(x, k), expected), "the path without a C compiler"
 
 
+@pytest.mark.parametrize(
+    "shape, k", [((7, 5), 2), ((2, 16, 33), 8), ((3, 50, 9), 1), ((1, 2, 3, 64), 60), ((40, 1), 0)]
+)
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_abs_topk_keeps_the_layout_of_channel_major_activations(shape, k, fill, dtype):
+    x = FILLS[fill](shape, torch.Generator().manual_seed(0)).to(dtype).mT.contiguous().mT.requires_grad_()
+    out = ops.abs_topk(x, k)
+    assert out.stride() == x.stride()
+    assert torch.equal(out, reference.abs_topk(x, k))
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (ours,) = torch.autograd.grad(out, x, grad)
+    assert torch.equal(ours, grad * (out != 0))
+
+
+def test_abs_topk_counts_past_what_its_smallest_integer_holds():
+    """40,000 rows of bf16 are counted in 16 bits, some at a time; a NaN of all ones is the greatest there is."""
+    x = torch.randn(40000, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for layout in (x.t().contiguous(), x.t()):
+        assert torch.equal(ops.abs_topk(layout, 25000), reference.abs_topk(layout, 25000))
+    ones = torch.full((4, 20), -1, dtype=torch.int16).view(torch.bfloat16)
+    for layout in (ones, ones.mT.contiguous().mT):
+        assert int(ops.abs_topk(layout, 5).isnan().sum()) == 20
+
+
+def test_the_number_of_threads_does_not_change_what_is_kept(monkeypatch):
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    x = torch.randn(30, 70, 33, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(ops.abs_topk(x, 9), reference.abs_topk(x, 9))
+        assert torch.equal(ops.abs_topk(x.mT.contiguous().mT, 9), reference.abs_topk(x, 9))
+        wide = x.view(210, 330)
+        assert torch.equal(ops.project_(wide.clone(), 5000, 2, 3), reference.project(wide, 5000, 2, 3))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_abs_topk_keeps_k_by_magnitude_and_breaks_ties_by_index():
     x = torch.tensor([[1.0, -3.0, 2.0, -3.0, 3.0]])
     assert ops.abs_topk(x, 2).tolist() == [[0, -3, 0, -3, 0]]
@@ -89,6 +128,17 @@ def test_project_fills_the_floors_out_of_the_same_budget():
     assert ops.project_(w.clone(), 4, min_per_row=1).tolist() == [[9, 8, 7, 0], [0, 0, 0, pytest.approx(0.4)]]
     columns = ops.project_(w.clone(), 4, min_per_column=1)
     assert columns.tolist() == [[9, 8, 7, 6], [0, 0, 0, 0]]
+
+
+def test_project_refuses_what_cannot_be():
+    with pytest.raises(ValueError, match=r"min_per_row must be in \[0, 4\] for a weight of shape \(2, 4\), got 5"):
+        ops.project_(torch.zeros(2, 4), 3, min_per_row=5)
+    with pytest.raises(ValueError, match=r"min_per_column must be in \[0, 0\] for a weight of shape \(4,\), got 1"):
+        ops.project_(torch.zeros(4), 3, min_per_column=1)
+    with pytest.raises(ValueError, match=r"weight must be a matrix or a vector, got shape \(1, 2, 2\)"):
+        ops.project_(torch.zeros(1, 2, 2), 3)
+    with pytest.raises(ValueError, match=r"k must be in \[0, 8\], the size of the weight, got 9"):
+        ops.project_(torch.zeros(2, 4), 9)
 
 
 def test_project_works_in_float64_through_the_reference():
