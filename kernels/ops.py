@@ -60,8 +60,8 @@ def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, b
         blocks, weight.values, bias, weight.to_column_major, rows.offsets, rows.indices, rows.by_length,
         columns.offsets, columns.indices, columns.by_length, chosen,
     )  # fmt: skip
-    y = y.mT.reshape(*x.shape[:-1], weight.shape[0])
-    return y if reference.is_channel_major(x) else y.contiguous()
+    y = y.mT if reference.is_channel_major(x) else _swapped(y)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def abs_topk(x: Tensor, k: int, backend: Backend = "auto") -> Tensor:
@@ -230,7 +230,14 @@ def _to_blocks(x: Tensor) -> Tensor:
     """(..., K) to channel-major blocks (B, K, T): a view of what is channel-major, a transposed copy of the rest."""
     if reference.is_channel_major(x):
         return x.mT.reshape(-1, x.shape[-1], x.shape[-2])
-    return x.reshape(-1, _block_tokens(x), x.shape[-1]).mT.contiguous()
+    return _swapped(x.reshape(-1, _block_tokens(x), x.shape[-1]))
+
+
+def _swapped(x: Tensor) -> Tensor:
+    """x.mT, contiguous, for x (B, R, C)."""
+    if x.device.type == "cpu" and x.dtype in cpu.NAMES:
+        return _transposed(x.contiguous())
+    return x.mT.contiguous()
 
 
 # Registered as custom ops so that torch.compile keeps them whole instead of tracing into ctypes or a launch.
@@ -296,6 +303,19 @@ _sparse_linear.register_autograd(_linear_backward, setup_context=_keep_operands)
 
 def _sum_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("sparsetrain::transposed", mutates_args=())
+def _transposed(x: Tensor) -> Tensor:
+    return cpu.transposed(x)
+
+
+@_transposed.register_fake
+def _(x):
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1])
+
+
+_transposed.register_autograd(lambda ctx, grad: _swapped(grad))
 
 
 @torch.library.custom_op("sparsetrain::abs_topk", mutates_args=())

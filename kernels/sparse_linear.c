@@ -16,6 +16,7 @@ typedef uint32_t words __attribute__((vector_size(32), aligned(2), may_alias));
 #define CHUNK 128         /* tokens of one pass of the sampled product: their channels fill the L2 cache */
 #define AHEAD 8           /* nonzeros between a prefetch and its use; the fastest of 0, 2, 4 and 8 */
 #define LINES_AT_ONCE 512 /* lines of one unit of parallel work */
+#define SQUARE 16         /* rows and columns of a tile that is transposed */
 #define UNROLL _Pragma("GCC unroll 8")
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -159,6 +160,31 @@ void NAMED(sampled_matmul)(const ELEMENT *y, const ELEMENT *x, float *grad, cons
                     }
                 }
             }
+    }
+}
+
+/* y (blocks, columns, rows) = x (blocks, rows, columns), each matrix transposed, by tiles that fit the L1 cache. */
+void NAMED(transpose)(const ELEMENT *restrict x, ELEMENT *restrict y, int64_t blocks, int64_t rows, int64_t columns,
+                      int32_t threads) {
+    int64_t strips = (rows + SQUARE - 1) / SQUARE;
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
+    for (int64_t strip = 0; strip < blocks * strips; strip++) {
+        int64_t row = strip % strips * SQUARE, height = smaller(SQUARE, rows - row);
+        const ELEMENT *in = x + (strip / strips * rows + row) * columns;
+        ELEMENT *out = y + strip / strips * rows * columns + row;
+        for (int64_t column = 0; column < columns; column += SQUARE) {
+            int64_t width = smaller(SQUARE, columns - column);
+            ELEMENT tile[SQUARE][SQUARE];
+            if (height == SQUARE && width == SQUARE) {
+                for (int r = 0; r < SQUARE; r++)
+                    for (int c = 0; c < SQUARE; c++) tile[c][r] = in[r * columns + column + c];
+                for (int c = 0; c < SQUARE; c++)
+                    for (int r = 0; r < SQUARE; r++) out[(column + c) * rows + r] = tile[c][r];
+            } else {
+                for (int64_t c = 0; c < width; c++)
+                    for (int64_t r = 0; r < height; r++) out[(column + c) * rows + r] = in[r * columns + column + c];
+            }
+        }
     }
 }
 #endif

@@ -239,6 +239,14 @@ def test_the_path_without_a_compiler_equals_float64(monkeypatch):
         assert_equal_to_float64(skewed(24, 17), random((2, 17, 33), dtype).mT, "cpu", dtype)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 16, 16), (3, 33, 17), (1, 5, 40), (2, 0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_transpose_is_one(shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    assert torch.equal(cpu.transposed(x), x.mT)
+    assert cpu.transposed(x).is_contiguous()
+
+
 def test_a_compiler_that_fails_is_said_once_and_not_fatal(monkeypatch, caplog, tmp_path):
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
@@ -289,6 +297,7 @@ def test_the_ops_pass_torchs_own_checks(backend):
     checked = torch.ops.sparsetrain
     torch.library.opcheck(checked.sparse_linear.default, (x, values, bias, weight.to_column_major, *both, backend))
     torch.library.opcheck(checked.sparse_matmul.default, (x.detach(), weight.values, *row_order, backend))
+    torch.library.opcheck(checked.transposed.default, (x,))
     torch.library.opcheck(checked.sampled_matmul.default, (y, x.detach(), *row_order, backend))
 
 
