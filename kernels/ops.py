@@ -21,6 +21,7 @@ Backend = Literal["auto", "reference", "cpu", "triton", "triton rows", "triton s
 BACKENDS = ("auto", "reference", "cpu", "triton")
 DESIGNS = ("triton rows", "triton slabs")  # of sparse products; "triton" takes the one that should be faster
 BLOCK = {"cpu": 128, "cuda": 1024}  # tokens of a block that token-major activations are converted to
+WIDEST = 32768  # entries of a row that Triton's selection holds in registers
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def abs_topk(x: Tensor, k: int, backend: Backend = "auto") -> Tensor:
     """
     if not 0 <= k <= x.shape[-1]:
         raise ValueError(f"k must be in [0, {x.shape[-1]}], the width of x, got {k}")
-    chosen = _pick(backend, x)
+    chosen = _pick(backend, x, longest=x.shape[-1])
     if k == x.shape[-1]:
         return x
     return reference.abs_topk(x, k) if chosen == "reference" else _abs_topk(x, k, chosen)
@@ -118,7 +119,7 @@ def project_(
                 f"min_per_{name} must be in [0, {size if weight.dim() == 2 else 0}] for a weight of shape "
                 f"{tuple(weight.shape)}, got {floor}"
             )
-    chosen = _pick(backend, weight)
+    chosen = _pick(backend, weight, longest=max(weight.shape) if min_per_row or min_per_column else 0)
     if k == weight.numel():
         return weight
     return weight.copy_(_module(chosen, "project").project(weight, k, min_per_row, min_per_column))
@@ -151,19 +152,22 @@ def _check_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> None:
         raise ValueError("; ".join(problems))
 
 
-def _pick(backend: Backend, x: Tensor, allowed: tuple[str, ...] = BACKENDS) -> str:
-    """The backend that runs for x: the one asked for if it can, or under "auto" the fast one if there is one."""
+def _pick(backend: Backend, x: Tensor, allowed: tuple[str, ...] = BACKENDS, longest: int = 0) -> str:
+    """The backend that runs for x: the one asked for if it can, or under "auto" the fast one if there is one.
+
+    `longest` is the most entries that an op must hold at once to select among them.
+    """
     if backend not in allowed:
         raise ValueError(f"backend must be one of {', '.join(allowed)}, got {backend!r}")
     if backend == "auto":
         fast = "cpu" if x.device.type == "cpu" else "triton"
-        return "reference" if _obstacle(fast, x) else fast
-    if obstacle := _obstacle(backend, x):
+        return "reference" if _obstacle(fast, x, longest) else fast
+    if obstacle := _obstacle(backend, x, longest):
         raise ValueError(f"backend {backend!r} cannot run here: {obstacle}; use backend='auto'")
     return backend
 
 
-def _obstacle(backend: str, x: Tensor) -> str | None:
+def _obstacle(backend: str, x: Tensor, longest: int) -> str | None:
     """Why a backend cannot take x, or None."""
     if backend == "cpu" and (x.device.type != "cpu" or x.dtype not in cpu.NAMES):
         return f"it takes float32 and bfloat16 on the CPU, got {x.dtype} on {x.device.type}"
@@ -175,6 +179,8 @@ def _obstacle(backend: str, x: Tensor) -> str | None:
             return f"it takes CUDA tensors, got one on {x.device.type} (TRITON_INTERPRET=1 runs any, very slowly)"
         if x.dtype not in TRITON_TYPES and not (x.dtype == torch.float64 and interpreted):
             return f"it takes float32, bfloat16 and float16, got {x.dtype}"
+        if longest > WIDEST:
+            return f"it selects among at most {WIDEST} entries, got {longest}"
     return None
 
 

@@ -186,8 +186,6 @@ def _dense(weight: SparseWeight, x: Tensor, grad: Tensor, dtype: torch.dtype, tr
 def _csr(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool) -> dict[str, Callable[[], object]]:
     """torch.sparse (MKL, cuSPARSE) on what it likes best: (K, N) contiguous; the gradients as direct calls."""
     dtype = x.dtype
-    if dtype == torch.bfloat16 and x.device.type == "cpu":
-        return {}  # not implemented in torch
     x, grad = (t.transpose(0, 1).reshape(t.shape[1], -1).contiguous() for t in (x, grad))
     size = weight.shape
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
@@ -205,6 +203,11 @@ def _csr(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool) -> dict[
             by_column @ grad
             torch.sparse.sampled_addmm(support, grad, x.t(), beta=0)
 
+    try:
+        step()
+    except (NotImplementedError, RuntimeError) as error:
+        log.info("torch.sparse has no %s product on %s: %s", dtype, x.device.type, str(error).splitlines()[0])
+        return {}
     return {f"torch.sparse CSR at {weight.density:.2g}": step}
 
 

@@ -43,16 +43,13 @@ def copy_seconds(n_bytes: int, device: torch.device) -> Callable[[], object]:
 
 
 def multiply_adds_per_second(device: torch.device) -> float:
-    """What the device reaches in fp32 outside matrix units: the floor of multiply-adds that are not in blocks.
+    """What the device reaches in a dense fp32 product: the floor of multiply-adds on vector units.
 
-    On a CPU, a dense fp32 product (its vector units do both). On CUDA the figure is the chip's: 128 lanes a
-    multiprocessor at its clock.
+    On CUDA torch takes no TF32 by default, so this is the rate of its fp32 units, not of its matrix units.
     """
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return properties.multi_processor_count * 128 * properties.clock_rate * 1e3
-    a = torch.randn(1024, 1024)
-    return 1024**3 / min(_seconds(lambda: a @ a, device) for _ in range(5))
+    size = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device)
+    return size**3 / min(_seconds(lambda: a @ a, device) for _ in range(5))
 
 
 def _seconds(case: Callable[[], object], device: torch.device) -> float:
