@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when a module of kernels is imported
+
 from sparsetrain.config import RunConfig, load_config
 
 torch.set_num_threads(1)
