@@ -56,8 +56,8 @@ def plan(device: torch.device, quick: bool) -> Plan:
     if device.type == "cuda":
         tokens = {512: 65536, 1024: 65536, 2048: 65536, 4096: 65536, 8192: 16384}
         return Plan(tuple(tokens), densities, tokens, dict.fromkeys(tokens, 11))
-    tokens = {512: 4096, 1024: 4096, 2048: 4096, 4096: 1024, 8192: 512}
-    rounds = {512: 11, 1024: 11, 2048: 5, 4096: 3, 8192: 3}
+    tokens = {128: 4096, 256: 4096, 512: 4096, 1024: 4096, 2048: 4096, 4096: 1024, 8192: 512}
+    rounds = {128: 11, 256: 11, 512: 11, 1024: 15, 2048: 5, 4096: 3, 8192: 3}
     return Plan(tuple(tokens), (*densities, 0.2), tokens, rounds)
 
 

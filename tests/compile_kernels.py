@@ -1,0 +1,123 @@
+"""Compile the Triton kernels as their launchers would for a GPU, without one, and describe the machine code as JSON.
+
+    python -m tests.compile_kernels [word in a launch's name]
+
+One line a kernel and architecture. Launchers are called on CPU tensors whose memory is never touched: a stub stands in
+for the driver, and a launch stops once its kernel is compiled. `TRITON_INTERPRET` must not be set.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from sparsetrain.kernels.abs_topk import abs_topk, abs_topk_backward
+from sparsetrain.kernels.project import project
+
+ARCHITECTURES = (80, 90)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+N_TOKENS = 65536
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+
+
+def activations(width: int, dtype: torch.dtype, layout: str, n_tokens: int = N_TOKENS) -> torch.Tensor:
+    if layout == "token-major":
+        return torch.empty(n_tokens, width, dtype=dtype)
+    return torch.empty(width, n_tokens, dtype=dtype).mT
+
+
+LAUNCHES: dict[str, Callable[[], object]] = {
+    f"abs_topk {width} {str(dtype).removeprefix('torch.')} {layout}": (
+        lambda width=width, dtype=dtype, layout=layout: abs_topk(activations(width, dtype, layout), width // 4)
+    )
+    for width in (2048, 4096, 8192)
+    for dtype in (torch.float32, torch.bfloat16)
+    for layout in ("token-major", "channel-major")
+} | {
+    "abs_topk unaligned": lambda: abs_topk(activations(1000, torch.bfloat16, "channel-major", n_tokens=77), 250),
+    "abs_topk float16": lambda: abs_topk(activations(512, torch.float16, "token-major"), 128),
+    "abs_topk_backward": lambda: abs_topk_backward(
+        activations(2048, torch.bfloat16, "token-major"), activations(2048, torch.bfloat16, "token-major")
+    ),
+    "project float32": lambda: project(torch.empty(2048, 2048), 40_000),
+    "project float32 floors": lambda: project(torch.empty(8192, 8192), 40_000, 4, 4),
+    "project bfloat16": lambda: project(torch.empty(2048, 512, dtype=torch.bfloat16), 10_000),
+}
+
+
+class StubDriver:
+    """What Triton asks of a driver before it loads a kernel; each architecture is a device of its own."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+def compiled(launch: Callable[[], object], architecture: int) -> list:
+    """The kernels that a launcher launches, compiled and not run."""
+    driver.set_active(StubDriver(architecture))
+    kernels, run = [], JITFunction.run
+
+    def compile_only(self, *args, warmup, **kwargs):
+        kernels.append(run(self, *args, warmup=True, **kwargs))
+        return kernels[-1]
+
+    JITFunction.run = compile_only
+    try:
+        launch()
+    finally:
+        JITFunction.run = run
+    return kernels
+
+
+def describe(kernel) -> dict:
+    """Registers, bytes of stack and of shared memory, and how often each opcode occurs in a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    opcodes = Counter(INSTRUCTION.findall(code))
+    spills = sum(n for opcode, n in opcodes.items() if opcode.startswith(("LDL", "STL")))
+    return {
+        "registers": registers, "stack": stack, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps,
+        "spills": spills, "opcodes": dict(opcodes.most_common()),
+    }  # fmt: skip
+
+
+def describe_all(word: str = "") -> Iterator[dict]:
+    for architecture in ARCHITECTURES:
+        for name, launch in LAUNCHES.items():
+            if word in name:
+                for kernel in compiled(launch, architecture):
+                    found = {"launch": name, "kernel": kernel.metadata.name, "architecture": architecture}
+                    yield found | describe(kernel)
+
+
+if __name__ == "__main__":
+    for line in describe_all(*sys.argv[1:]):
+        print(json.dumps(line), flush=True)

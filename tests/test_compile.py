@@ -1,0 +1,68 @@
+"""The machine code that a GPU would run, compiled without one: no spilled registers, wide loads, few instructions."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURES = {80, 90}
+BITS_LOADED = {"token-major": 128, "float32 channel-major": 64, "bfloat16 channel-major": 32}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> list[dict]:
+    """What `compile_kernels.py` prints; in its own process, since this one may interpret kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compile_kernels"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def bits(opcode: str) -> int:
+    """The width of a load or store, from its opcode: LDG.E.EF.128, LDG.E.U16, LDG.E."""
+    return next((int(part.lstrip("US")) for part in opcode.split(".") if part.lstrip("US").isdigit()), 32)
+
+
+def test_every_launch_compiles_for_each_architecture(kernels):
+    launches = {(k["launch"], k["architecture"]) for k in kernels}
+    assert launches == {(name, a) for name in {k["launch"] for k in kernels} for a in ARCHITECTURES}
+    assert {k["kernel"] for k in kernels} >= {
+        "_abs_topk", "_abs_topk_backward", "_add_floor", "_count_digits", "_keep_greatest",
+    }  # fmt: skip
+
+
+def test_no_kernel_spills_registers(kernels):
+    spilling = [(k["launch"], k["kernel"], k["architecture"]) for k in kernels if k["stack"] or k["spills"]]
+    assert not spilling
+
+
+@pytest.mark.parametrize("layout", BITS_LOADED)
+def test_abs_topk_reads_and_writes_in_words_as_wide_as_its_tile(kernels, layout):
+    of_layout = [k for k in kernels if k["launch"].startswith("abs_topk ") and k["launch"].endswith(layout)]
+    assert of_layout
+    for kernel in of_layout:
+        found = {bits(opcode) for opcode in kernel["opcodes"] if opcode.startswith(("LDG", "STG"))}
+        assert found == {BITS_LOADED[layout]}, kernel
+
+
+def test_abs_topk_counts_with_two_additions_an_entry(kernels):
+    """The compiler must see that the clamp to [0, 1] is an FADD.SAT; compares would run at half the rate."""
+    for kernel in kernels:
+        if kernel["kernel"] == "_abs_topk" and "unaligned" not in kernel["launch"]:
+            assert kernel["opcodes"]["FADD.SAT"] >= 64, kernel
+            assert "FMNMX" not in kernel["opcodes"], kernel
+
+
+def test_histograms_of_the_projection_are_counted_by_the_hardware(kernels):
+    for kernel in kernels:
+        if kernel["kernel"] == "_count_digits":
+            assert any(opcode.startswith("ATOMS.POPC.INC") for opcode in kernel["opcodes"]), kernel
