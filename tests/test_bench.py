@@ -40,6 +40,8 @@ def test_every_op_is_timed_beside_its_rivals(result):
                 assert ("sparse_linear", which, dtype, case, 0.05) in found
             assert ("sparse_linear", which, dtype, "dense fp32", 1.0) in found
         assert ("sparse_linear", which, "float32", "torch.sparse CSR", 0.5) in found
+    for case in ("torch.sparse CSR, by hand", "ours, by hand"):
+        assert ("sparse_linear", "training", "float32", case, 0.05) in found
     for case in ("ours", "ours, channel-major", "topk + scatter"):
         assert ("abs_topk", None, "bfloat16", case, None) in found
     for case in ("ours", "ours, rows of 4", "ours, columns of 4", "topk + scatter"):

@@ -10,14 +10,15 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetrain.bench.timing import copy_seconds, interleaved, multiply_adds_per_second
-from sparsetrain.kernels import costs, ops, reference
-from sparsetrain.kernels.sparse_weight import SparseWeight
+from sparsetrain.kernels import costs, cpu, ops, reference
+from sparsetrain.kernels.sparse_weight import Order, SparseWeight
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ def _sparse_linear(
         for backend in _backends(x, weight):
             _check_linear(weight, x, grad, backend)
         cases |= _ours(weight, x, grad, training) | _csr(weight, x, grad, training)
+        if training:
+            cases |= _by_hand(weight, x, grad)
     for name, kind in (("dense fp32", torch.float32), ("dense bf16", torch.bfloat16)):
         if name not in skipped:
             cases[name] = _dense(weight, x, grad, kind, training)
@@ -184,31 +187,55 @@ def _dense(weight: SparseWeight, x: Tensor, grad: Tensor, dtype: torch.dtype, tr
 
 
 def _csr(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool) -> dict[str, Callable[[], object]]:
-    """torch.sparse (MKL, cuSPARSE) on what it likes best: (K, N) contiguous; the gradients as direct calls."""
-    dtype = x.dtype
-    x, grad = (t.transpose(0, 1).reshape(t.shape[1], -1).contiguous() for t in (x, grad))
-    size = weight.shape
-    warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
-    by_row = torch.sparse_csr_tensor(weight.rows.offsets, weight.rows.indices, weight.values.to(dtype), size)
-    by_column = torch.sparse_csr_tensor(
-        weight.columns.offsets, weight.columns.indices, weight.values[weight.to_column_major].to(dtype), size[::-1]
-    )
-    support = torch.sparse_csr_tensor(
-        weight.rows.offsets, weight.rows.indices, torch.zeros_like(weight.values).to(dtype), size
-    )
+    """torch.sparse (MKL, cuSPARSE) on the (K, N) activations that it likes best: as users call it, with autograd.
 
-    def step() -> None:
-        by_row @ x
-        if training:
-            by_column @ grad
-            torch.sparse.sampled_addmm(support, grad, x.t(), beta=0)
+    In training also its three kernels by hand, with a transpose of the weight kept, beside ours called alike.
+    """
+    x, grad = (t.transpose(0, 1).reshape(t.shape[1], -1).contiguous() for t in (x, grad))
+    warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
+    by_row = _csr_tensor(weight.rows, weight.values.to(x.dtype), weight.shape)
+    by_column = _csr_tensor(weight.columns, weight.values[weight.to_column_major].to(x.dtype), weight.shape[::-1])
+    support = _csr_tensor(weight.rows, torch.zeros_like(weight.values).to(x.dtype), weight.shape)
+
+    def by_hand() -> None:
+        torch.mm(by_row, x)
+        torch.mm(by_column, grad)
+        torch.sparse.sampled_addmm(support, grad, x.t(), beta=0)
+
+    def with_autograd() -> None:
+        torch.autograd.grad(torch.sparse.mm(learnt, leaf), (leaf, learnt), grad)
 
     try:
-        step()
+        torch.mm(by_row, x)
+        if not training:
+            return {f"torch.sparse CSR at {weight.density:.2g}": lambda: torch.mm(by_row, x)}
+        by_hand()
+        learnt, leaf = by_row.clone().requires_grad_(), x.clone().requires_grad_()
+        with_autograd()
     except (NotImplementedError, RuntimeError) as error:
-        log.info("torch.sparse has no %s product on %s: %s", dtype, x.device.type, str(error).splitlines()[0])
+        log.info("torch.sparse has no %s product on %s: %s", x.dtype, x.device.type, str(error).splitlines()[0])
         return {}
-    return {f"torch.sparse CSR at {weight.density:.2g}": step}
+    return {
+        f"torch.sparse CSR at {weight.density:.2g}": with_autograd,
+        f"torch.sparse CSR, by hand at {weight.density:.2g}": by_hand,
+    }
+
+
+def _csr_tensor(order: Order, values: Tensor, size: tuple[int, ...]) -> Tensor:
+    return torch.sparse_csr_tensor(order.offsets, order.indices, values, size)
+
+
+def _by_hand(weight: SparseWeight, x: Tensor, grad: Tensor) -> dict[str, Callable[[], object]]:
+    """Our three kernels without autograd."""
+    kernels = cpu if x.device.type == "cpu" else import_module("sparsetrain.kernels.sparse_linear")
+    by_column = weight.values[weight.to_column_major]
+
+    def step() -> None:
+        kernels.matmul(x, weight.values, weight.rows)
+        kernels.matmul(grad, by_column, weight.columns)
+        kernels.sampled_matmul(grad, x, weight.rows)
+
+    return {f"ours, by hand at {weight.density:.2g}": step}
 
 
 def _check_linear(weight: SparseWeight, x: Tensor, grad: Tensor, backend: str) -> None:
