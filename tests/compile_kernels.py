@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import triton
@@ -21,8 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from sparsetrain.kernels import slabs, sparse_linear
 from sparsetrain.kernels.abs_topk import abs_topk, abs_topk_backward
 from sparsetrain.kernels.project import project
+from sparsetrain.kernels.sparse_weight import SparseWeight
 
 ARCHITECTURES = (80, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -52,6 +55,30 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "project float32": lambda: project(torch.empty(2048, 2048), 40_000),
     "project float32 floors": lambda: project(torch.empty(8192, 8192), 40_000, 4, 4),
     "project bfloat16": lambda: project(torch.empty(2048, 512, dtype=torch.bfloat16), 10_000),
+}
+
+
+def products(design: ModuleType, channels: int, dtype: torch.dtype, tokens: int, bias: bool = True) -> None:
+    """Both sparse products of a weight (96, channels) with two blocks of tokens."""
+    dense = torch.zeros(96, channels)
+    dense[:, ::7] = 1.0
+    weight = SparseWeight.from_dense(dense)
+    x, y = (torch.empty(2, n, tokens, dtype=dtype) for n in (channels, 96))
+    design.matmul(x, weight.values, weight.rows, torch.zeros(96) if bias else None)
+    design.sampled_matmul(y, x, weight.rows)
+
+
+LAUNCHES |= {
+    f"rows {str(dtype).removeprefix('torch.')}": (lambda dtype=dtype: products(sparse_linear, 2048, dtype, 1024))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
+LAUNCHES |= {
+    "rows unaligned": lambda: products(sparse_linear, 2048, torch.bfloat16, 1001, bias=False),
+    "rows few tokens": lambda: products(sparse_linear, 2048, torch.bfloat16, 64),
+}
+LAUNCHES |= {
+    f"slabs {channels}": (lambda channels=channels: products(slabs, channels, torch.bfloat16, 1024, channels != 2048))
+    for channels in (1024, 2048, 4096, 8192)
 }
 
 

@@ -66,3 +66,38 @@ def test_histograms_of_the_projection_are_counted_by_the_hardware(kernels):
     for kernel in kernels:
         if kernel["kernel"] == "_count_digits":
             assert any(opcode.startswith("ATOMS.POPC.INC") for opcode in kernel["opcodes"]), kernel
+
+
+def of(kernels: list[dict], launch: str, name: str) -> list[dict]:
+    found = [k for k in kernels if k["launch"].startswith(launch) and k["kernel"] == name]
+    assert found
+    return found
+
+
+def test_sparse_products_gather_sixteen_bytes_at_a_time(kernels):
+    """One load of 16 bytes a nonzero and thread, and multiply-adds that are fused."""
+    for launch in ("rows bfloat16", "rows float16", "rows float32", "slabs"):
+        for name in ("_matmul", "_sampled_matmul"):
+            for kernel in of(kernels, launch, name):
+                assert any(opcode.startswith("LDG.E") and bits(opcode) == 128 for opcode in kernel["opcodes"]), kernel
+                assert kernel["opcodes"]["FFMA"] >= 4, kernel
+
+
+def test_the_products_alone_use_no_shared_memory_and_no_asynchronous_copies(kernels):
+    """Copies to shared memory (LDGSTS) would pass by the L1 cache, where slabs must stay."""
+    for launch in ("rows", "slabs"):
+        for kernel in of(kernels, launch, "_matmul"):
+            assert kernel["shared"] == 0, kernel
+            assert not any(opcode.startswith(("LDGSTS", "LDS", "STS")) for opcode in kernel["opcodes"]), kernel
+
+
+def test_a_slab_has_a_multiprocessor_to_itself(kernels):
+    """With 32 warps of over 32 registers no second program fits beside it, which would halve its cache."""
+    for kernel in of(kernels, "slabs", "_matmul"):
+        assert kernel["warps"] == 32 and kernel["registers"] > 32, kernel
+
+
+def test_nothing_is_added_atomically_in_the_products(kernels):
+    for kernel in kernels:
+        if kernel["kernel"] in ("_matmul", "_sampled_matmul"):
+            assert not any(opcode.startswith(("RED", "ATOM")) for opcode in kernel["opcodes"]), kernel
