@@ -115,6 +115,7 @@ def compiled(launch: Callable[[], object], architecture: int) -> list:
         launch()
     finally:
         JITFunction.run = run
+    assert kernels, "the launcher launched nothing"
     return kernels
 
 
