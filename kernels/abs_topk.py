@@ -112,15 +112,14 @@ def signless(bits, INFINITY: tl.constexpr):
 
 @triton.jit
 def ranked(bits, INFINITY: tl.constexpr):
-    """Magnitudes in the order of the reference: infinity as the greatest number, and any NaN above that."""
-    size = signless(bits, INFINITY)
-    return tl.where(size > INFINITY, INFINITY, tl.minimum(size, INFINITY - 1))
+    """Magnitudes in the order of the reference: any NaN above infinity."""
+    return tl.minimum(signless(bits, INFINITY), INFINITY + 1)
 
 
 @triton.jit
 def unranked(rank, INFINITY: tl.constexpr):
     """The least magnitude of at least this rank; one that is never reached where there is none."""
-    return tl.where(rank < INFINITY, rank, tl.where(rank == INFINITY, INFINITY + 1, 0x7FFFFFFF))
+    return tl.where(rank <= INFINITY + 1, rank, 0x7FFFFFFF)
 
 
 @triton.jit

@@ -42,7 +42,7 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
 def abs_topk_backward(grad: Tensor, out: Tensor) -> Tensor:
     """The gradient of `abs_topk` at its input, from its output, in the layout of the output."""
     if library() is None:
-        return grad * (out != 0)
+        return torch.where(out != 0, grad, 0)
     grad = grad.mT.contiguous().mT if is_channel_major(out) else grad.contiguous()
     in_grad = torch.empty_like(grad)
     _call("abs_topk_backward", grad.dtype, grad, out, in_grad, grad.numel(), threads=_threads(grad.numel()))
@@ -115,7 +115,7 @@ def sampled_matmul(y: Tensor, x: Tensor, order: Order) -> Tensor:
 def transposed(x: Tensor) -> Tensor:
     """x.mT (B, C, R) of a contiguous x (B, R, C), contiguous; 2 to 3 times faster than torch's copy."""
     if library() is None:
-        return x.mT.contiguous()
+        return x.mT.clone(memory_format=torch.contiguous_format)
     blocks, rows, columns = x.shape
     y = x.new_empty(blocks, columns, rows)
     if y.numel():
@@ -159,12 +159,12 @@ def _sampled_matmul_bags(y: Tensor, x: Tensor, order: Order) -> Tensor:
 
 
 def _abs_topk_numpy(x: Tensor, k: int) -> Tensor:
-    magnitude = x.abs().nan_to_num(nan=torch.inf)
     if k == 0:
         return torch.zeros_like(x)
-    rows = magnitude.float().numpy()
-    kth = rows.shape[-1] - k
-    threshold = torch.from_numpy(np.partition(rows, kth, axis=-1)[..., kth : kth + 1]).to(x.dtype)
+    integer = torch.int32 if x.dtype == torch.float32 else torch.int16
+    magnitude = x.contiguous().view(integer) & torch.iinfo(integer).max  # orders as the floats do, NaN above infinity
+    kth = x.shape[-1] - k
+    threshold = torch.from_numpy(np.partition(magnitude.numpy(), kth, axis=-1)[..., kth : kth + 1])
     above = magnitude > threshold
     tied = magnitude == threshold
     room = k - above.sum(-1, keepdim=True)

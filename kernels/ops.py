@@ -50,15 +50,16 @@ def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, b
     Source: the products of Gao et al. 2025, A.2, which its authors ran dense.
     """
     _check_linear(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # doubles stay, as in a dense layer
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    chosen = _linear_backend(backend, x, weight)
-    if chosen == "reference" or x.numel() == 0:
+    chosen = _linear_backend(backend, x, weight) if x.numel() else "reference"
+    if chosen == "reference":
         return reference.sparse_linear(x, weight, bias)
     blocks = _to_blocks(x)
     rows, columns = weight.rows, weight.columns
+    bias = None if bias is None else bias.contiguous()
     y = _SparseLinear.apply(
-        blocks, weight.values, bias, weight.to_column_major, rows.offsets, rows.indices, rows.by_length,
+        blocks, weight.values.contiguous(), bias, weight.to_column_major, rows.offsets, rows.indices, rows.by_length,
         columns.offsets, columns.indices, columns.by_length, chosen,
     )  # fmt: skip
     y = y.mT if reference.is_channel_major(x) else _swapped(y)
@@ -74,7 +75,7 @@ def abs_topk(x: Tensor, k: int, backend: Backend = "auto") -> Tensor:
         backend: as in `sparse_linear`; "auto" takes the fast one where it takes the type of x.
 
     Returns:
-        (..., D), differentiable: the gradient passes where the output is not zero.
+        (..., D), differentiable: the gradient passes where the output is not zero. For k = D it is x itself.
 
     Raises:
         ValueError: k is out of range, or the backend cannot run.

@@ -68,9 +68,9 @@ def project(weight: Tensor, k: int, min_per_row: int = 0, min_per_column: int = 
     forced &= weight != 0  # a row of fewer nonzeros leaves its room to the others
     by_size = _descending(weight.flatten())
     order = by_size[(~forced.flatten()[by_size]).argsort(stable=True)]  # forced entries first, each part by size
-    kept = torch.zeros_like(forced)
-    kept.view(-1)[order[:k]] = True
-    return torch.where(kept, weight, 0)
+    kept = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+    kept[order[:k]] = True
+    return torch.where(kept.view(weight.shape), weight, 0)
 
 
 def _top_mask(x: Tensor, k: int) -> Tensor:
@@ -78,5 +78,5 @@ def _top_mask(x: Tensor, k: int) -> Tensor:
 
 
 def _descending(x: Tensor) -> Tensor:
-    """Indices along the last dimension by falling magnitude, NaN first, ties by index."""
-    return x.detach().abs().nan_to_num(nan=torch.inf).argsort(dim=-1, descending=True, stable=True)
+    """Indices along the last dimension by falling magnitude, NaN before infinity, ties by index."""
+    return x.detach().abs().argsort(dim=-1, descending=True, stable=True)

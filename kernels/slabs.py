@@ -86,7 +86,7 @@ def matmul(
     cut, pairs = slices(order, slab, warps), slab // 2
     with torch.cuda.device_of(x):
         _matmul[(blocks * tokens // (2 * pairs),)](
-            x.view(torch.int32), y.view(torch.int32), _pack(values, order, cut), cut.lines, cut.starts, cut.full, bias,
+            _words(x), y.view(torch.int32), _pack(values, order, cut), cut.lines, cut.starts, cut.full, bias,
             cut.full.numel(), order.n_lines, channels, tokens // 2, PAIRS=pairs, R=cut.height, num_warps=warps,
         )  # fmt: skip
     return y
@@ -98,17 +98,23 @@ def sampled_matmul(y: Tensor, x: Tensor, order: Order) -> Tensor:
     slab = slab_tokens(channels)
     cut, pairs = slices(order, slab), slab // 2
     n_slabs, n_slices = blocks * tokens // (2 * pairs), cut.full.numel()
-    groups = max(1, min(GROUPS, n_slabs))
+    per_group = max(1, triton.cdiv(n_slabs, GROUPS))
+    groups = max(1, triton.cdiv(n_slabs, per_group))  # none is left without a slab
     partial = torch.empty(groups, cut.source.numel(), dtype=torch.float32, device=x.device)
     if not (order.indices.numel() and n_slabs):
         return partial.new_zeros(order.indices.numel())
     with torch.cuda.device_of(x):
         _sampled_matmul[(groups * n_slices,)](
-            y.view(torch.int32), x.view(torch.int32), partial, _pack(None, order, cut), cut.lines, cut.starts,
-            n_slices, order.n_lines, channels, tokens // 2, cut.source.numel(), n_slabs, triton.cdiv(n_slabs, groups),
+            _words(y), _words(x), partial, _pack(None, order, cut), cut.lines, cut.starts,
+            n_slices, order.n_lines, channels, tokens // 2, cut.source.numel(), n_slabs, per_group,
             PAIRS=pairs, R=cut.height, num_warps=WARPS,
         )  # fmt: skip
     return partial[:, cut.slots].sum(0)
+
+
+def _words(x: Tensor) -> Tensor:
+    """Pairs of tokens as int32; a tensor that begins in the middle of a word is copied."""
+    return (x.clone() if x.storage_offset() % 2 else x).view(torch.int32)
 
 
 def padding(order: Order, slab: int, warps: int = WARPS) -> float:

@@ -98,8 +98,11 @@ class SparseWeight:
         """The same support with other values (E,); nothing is copied.
 
         Raises:
-            ValueError: the shape or the device differ.
+            ValueError: the shape or the device differ, or the values are no floats. Whether they are finite is not
+                checked again: on a GPU that would wait for it.
         """
+        if not values.is_floating_point():
+            raise ValueError(f"values must be floats, got {values.dtype}")
         if values.shape != self.values.shape or values.device != self.values.device:
             raise ValueError(
                 f"values must have shape {tuple(self.values.shape)} on {self.values.device}, "

@@ -93,6 +93,20 @@ def test_a_kept_zero_gets_no_gradient_on_any_path():
         assert x.grad.tolist() == [[0, 1, 0]]
 
 
+def test_infinity_is_above_every_number_and_nan_above_infinity():
+    greatest = torch.finfo(torch.float32).max
+    x = torch.tensor([[greatest, torch.inf, 1.0, torch.nan]])
+    for function in (ops.abs_topk, reference.abs_topk, cpu._abs_topk_numpy, lambda x, k: ops.abs_topk(x, k, "triton")):
+        assert function(x, 1).isnan().tolist() == [[False, False, False, True]]
+        assert function(x, 2)[0, :3].tolist() == [0, torch.inf, 0]
+        assert function(x, 3)[0, :3].tolist() == [greatest, torch.inf, 0]
+
+
+def test_project_takes_a_transposed_weight():
+    w = torch.randn(9, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ops.project_(w.t().clone(), 30), reference.project(w.t(), 30))
+
+
 def test_infinities_are_kept_first_and_poison_nothing():
     x = torch.tensor([[torch.inf, 1.0, -torch.inf, torch.inf]])
     for function in (ops.abs_topk, reference.abs_topk):

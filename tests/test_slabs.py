@@ -70,6 +70,25 @@ def test_any_slab_and_number_of_warps_give_the_same_bits(slab, warps):
     assert torch.equal(slabs.matmul(x, weight.values, weight.rows, slab=slab, warps=warps), expected)
 
 
+@pytest.mark.parametrize("blocks", [33, 40])
+def test_sampled_sums_have_no_group_without_a_slab(blocks, monkeypatch):
+    """More slabs than groups, and not a multiple: what no group wrote must not be added."""
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: real(*a, **k).fill_(7) if k.get("dtype") else real(*a, **k))
+    weight = SparseWeight.from_dense(torch.eye(3, 8, device=DEVICE))
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(blocks, n, 64, generator=generator).to(DEVICE, torch.bfloat16) for n in (8, 3))
+    exact = (y.double() * x[:, :3].double()).sum((0, 2))
+    torch.testing.assert_close(slabs.sampled_matmul(y, x, weight.rows).double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_a_tensor_that_begins_inside_a_word_is_read_right():
+    weight = SparseWeight.from_dense(torch.eye(4, 4, device=DEVICE))
+    flat = torch.randn(4 * 64 + 1, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    x = flat[1:].view(1, 4, 64)
+    assert torch.equal(slabs.matmul(x, weight.values, weight.rows), x)
+
+
 def test_padding_reads_nothing_of_the_lines_that_have_ended():
     """A NaN in the channel that an empty slot would name must not reach lines without that channel."""
     dense = CASES["skewed"]

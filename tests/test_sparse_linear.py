@@ -123,6 +123,24 @@ def test_strided_activations_are_read_right(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_values_and_biases_are_read_right(backend):
+    weight = SparseWeight.from_dense(masked(6, 5, 0.5).to(DEVICE))
+    many, x = random((2 * weight.n_nonzero,)), random((33, 5))
+    for values, bias in ((many[::2], random((12,))[::2]), (many[:1].expand(weight.n_nonzero), many[:1].expand(6))):
+        ours = ops.sparse_linear(x, weight.with_values(values), bias, backend=backend)
+        exact = ops.sparse_linear(x, weight.with_values(values.contiguous()), bias.contiguous(), backend="reference")
+        torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_weight_without_columns_gives_the_bias(backend):
+    weight = SparseWeight.from_dense(torch.zeros(3, 0, device=DEVICE))
+    assert torch.equal(
+        ops.sparse_linear(torch.zeros(2, 0, device=DEVICE), weight, random(3), backend), random(3).expand(2, 3)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_output_is_written(backend, monkeypatch):
     """What a kernel leaves unwritten stays NaN."""
     real = torch.empty
@@ -237,6 +255,7 @@ def test_the_path_without_a_compiler_equals_float64(monkeypatch):
         TOLERANCE_BEFORE = TOLERANCE[dtype]
         monkeypatch.setitem(TOLERANCE, dtype, 2 * TOLERANCE_BEFORE)  # it rounds the weight too
         assert_equal_to_float64(skewed(24, 17), random((2, 17, 33), dtype).mT, "cpu", dtype)
+        assert_equal_to_float64(skewed(24, 17), random((1, 17), dtype), "cpu", dtype)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 16, 16), (3, 33, 17), (1, 5, 40), (2, 0, 3)])

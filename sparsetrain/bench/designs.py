@@ -57,11 +57,21 @@ def _size(d: int, density: float, tokens: int, rounds: int, device: torch.device
     exact = weight.to_dense()[:64].double() @ x.double()
     for name, product in _products(weight, x, block).items():
         hold(f"{name} of {weight!r}", product()[:, :64], exact, 1e-2)
-    cases = _products(weight, x, block) | {
+    sampled = {
         "sampled, rows": lambda: sparse_linear.sampled_matmul(y, x, weight.rows),
         "sampled, slabs": lambda: slabs.sampled_matmul(y, x, weight.rows),
-        "copy of x to y": copy_seconds(2 * 2 * x.numel(), device),
     }
+    row, column = weight.row_of_each()[:64], weight.rows.indices[:64].long()
+    exact = (y[:, row].double() * x[:, column].double()).sum((0, 2))
+    for name, product in sampled.items():
+        hold(f"{name} of {weight!r}", product()[:64], exact, 1e-5)
+    cases = (
+        _products(weight, x, block)
+        | sampled
+        | {
+            "copy of x to y": copy_seconds(2 * 2 * x.numel(), device),
+        }
+    )
     taken = interleaved(cases, rounds, device)
     size = {"d": d, "density": density, "n": tokens, "nnz": weight.n_nonzero}
     return [size | {"variant": name, "seconds": seconds} for name, seconds in taken.items()]

@@ -205,20 +205,21 @@ def _csr(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool) -> dict[
     def with_autograd() -> None:
         torch.autograd.grad(torch.sparse.mm(learnt, leaf), (leaf, learnt), grad)
 
+    learnt, leaf = by_row.clone().requires_grad_(training), x.clone().requires_grad_(training)
+    cases = {"torch.sparse CSR": with_autograd, "torch.sparse CSR, by hand": by_hand}
+    if not training:
+        cases = {"torch.sparse CSR": lambda: torch.mm(by_row, x)}
+    return {f"{name} at {weight.density:.2g}": case for name, case in cases.items() if _runs(name, case, x)}
+
+
+def _runs(name: str, case: Callable[[], object], x: Tensor) -> bool:
+    """Whether torch has what a case needs; it says so where it does not."""
     try:
-        torch.mm(by_row, x)
-        if not training:
-            return {f"torch.sparse CSR at {weight.density:.2g}": lambda: torch.mm(by_row, x)}
-        by_hand()
-        learnt, leaf = by_row.clone().requires_grad_(), x.clone().requires_grad_()
-        with_autograd()
+        case()
     except (NotImplementedError, RuntimeError) as error:
-        log.info("torch.sparse has no %s product on %s: %s", x.dtype, x.device.type, str(error).splitlines()[0])
-        return {}
-    return {
-        f"torch.sparse CSR at {weight.density:.2g}": with_autograd,
-        f"torch.sparse CSR, by hand at {weight.density:.2g}": by_hand,
-    }
+        log.info("%s has no %s product on %s: %s", name, x.dtype, x.device.type, str(error).splitlines()[0])
+        return False
+    return True
 
 
 def _csr_tensor(order: Order, values: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -39,7 +39,8 @@ def summary(result: dict) -> str:
         parts.append(
             f"`auto` by the cost model fitted to these rows: at worst {regret - 1:.0%} slower than the faster of ours "
             f"and dense ({row['backend']} taken at d = {row['k']}, density {row['density']:.2%}, {row['dtype']}, "
-            f"{row['pass']})."
+            f"{row['pass']}). The dense products here have a dense weight at hand; `auto` writes it out first, which "
+            "these times leave out and which few tokens do not repay."
         )
     for op in ("abs_topk", "project_"):
         chosen = [row for row in rows if row["op"] == op]

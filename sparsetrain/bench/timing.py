@@ -14,12 +14,14 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int, device: tor
 
     Args:
         cases: functions of no arguments, by name.
-        rounds: how many times each is timed, after one call that is not; fewer where that would take over 10 s.
+        rounds: how many times each is timed, after two calls that are not; fewer where that would take over 10 s.
         device: on CUDA, events on the stream are timed; on a CPU, the clock.
 
     Returns:
         For each name the seconds of its rounds, in order: the i-th of two names were taken side by side.
     """
+    for case in cases.values():
+        case()  # compiles, and makes what is made once
     allowed = {name: min(rounds, max(1, int(LONGEST / _seconds(case, device)))) for name, case in cases.items()}
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(rounds):
