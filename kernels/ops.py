@@ -248,7 +248,7 @@ def _swapped(x: Tensor) -> Tensor:
 
 
 class _SparseLinear(torch.autograd.Function):
-    """x (B, K, T) to (B, M, T). A Function over two ops costs half of what one op with a registered gradient does."""
+    """x (B, K, T) to (B, M, T). Less overhead than one op with a registered gradient."""
 
     @staticmethod
     def forward(ctx, x, values, bias, to_column_major, row_offsets, columns, by_length, *rest):
