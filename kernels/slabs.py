@@ -117,12 +117,6 @@ def _words(x: Tensor) -> Tensor:
     return (x.clone() if x.storage_offset() % 2 else x).view(torch.int32)
 
 
-def padding(order: Order, slab: int, warps: int = WARPS) -> float:
-    """Slots over nonzeros, 1 or more: what the slices of an order cost in work."""
-    cut = slices(order, slab, warps)
-    return (cut.source.numel() - cut.height) / max(1, order.indices.numel())
-
-
 def _cut(order: Order, height: int) -> Slices:
     device, n = order.offsets.device, order.n_lines
     n_slices = triton.cdiv(n, height)
