@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsetrain.kernels.reference import is_channel_major
+
 MAX_WIDTH = 32768
 # The integer as wide as each float, and the bits of infinity: those of every NaN are greater.
 FORMATS = {
@@ -70,7 +72,7 @@ def abs_topk_backward(grad: Tensor, out: Tensor) -> Tensor:
 
 def dense(x: Tensor) -> Tensor:
     """x itself if it is token-major or channel-major, else a token-major copy."""
-    return x if x.is_contiguous() or (x.dim() > 1 and x.mT.is_contiguous()) else x.contiguous()
+    return x if is_channel_major(x) else x.contiguous()
 
 
 def planes(x: Tensor) -> tuple[int, int, int, int, int, int]:

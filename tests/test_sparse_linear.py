@@ -252,8 +252,7 @@ def test_the_path_without_a_compiler_equals_float64(monkeypatch):
         pytest.skip("a CPU path")
     monkeypatch.setattr(cpu, "library", lambda: None)
     for dtype in (torch.float32, torch.bfloat16):
-        TOLERANCE_BEFORE = TOLERANCE[dtype]
-        monkeypatch.setitem(TOLERANCE, dtype, 2 * TOLERANCE_BEFORE)  # it rounds the weight too
+        monkeypatch.setitem(TOLERANCE, dtype, 2 * TOLERANCE[dtype])  # it rounds the weight too
         assert_equal_to_float64(skewed(24, 17), random((2, 17, 33), dtype).mT, "cpu", dtype)
         assert_equal_to_float64(skewed(24, 17), random((1, 17), dtype), "cpu", dtype)
 
