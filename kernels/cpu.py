@@ -18,6 +18,7 @@ from sparsetrain.kernels.sparse_weight import Order
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 SMALL = 1 << 21  # multiply-adds, or elements, below which a second thread costs more than it brings
+DENSE_ENOUGH = 0.4  # share of nonzeros from which a dense product makes the gradient of a weight faster
 
 
 def abs_topk(x: Tensor, k: int) -> Tensor:
@@ -109,6 +110,28 @@ def sampled_matmul(y: Tensor, x: Tensor, order: Order) -> Tensor:
         threads = _threads(grad.numel() * blocks * tokens)
         sizes = (order.n_lines, channels, tokens, blocks)
         _call("sampled_matmul", x.dtype, y, x, grad, order.indices, order.offsets, *sizes, threads=threads)
+    return grad
+
+
+def dense_gradient(y: Tensor, x: Tensor) -> Tensor:
+    """The sum over b of y[b] x[b]^T, fp32: the gradient of a dense weight. Faster where y is mostly exact zeros.
+
+    Args:
+        y: (B, M, T), contiguous. x: (B, K, T), contiguous, the same type.
+
+    Returns:
+        (M, K) float32. Above a share of nonzeros of DENSE_ENOUGH in the first block of y, float32 takes dense products.
+    """
+    blocks, rows, tokens = y.shape
+    exact = y.dtype == torch.float32
+    if library() is None or not y.numel() or (exact and int(y[0].count_nonzero()) > DENSE_ENOUGH * y[0].numel()):
+        grad = torch.zeros(rows, x.shape[1])
+        for a, b in zip(y, x, strict=True):
+            grad.addmm_(a.float(), b.float().mT)
+        return grad
+    grad = torch.empty(rows, x.shape[1])
+    threads = _threads(grad.numel() * blocks * tokens)
+    _call("dense_gradient", y.dtype, y, x, grad, rows, x.shape[1], tokens, blocks, threads=threads)
     return grad
 
 

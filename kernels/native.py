@@ -14,7 +14,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("topk.c", "sparse_linear.c")
+SOURCES = ("topk.c", "sparse_linear.c", "dense_gradient.c")
 # OpenMP's calls are left open and find the runtime that torch has loaded: one pool of threads for both. Where the
 # compiler speaks to another runtime (clang), loading fails and the same code is built without threads.
 FLAG_SETS = (["-fopenmp"], [])

@@ -7,11 +7,15 @@ activations and convert others, so a model that keeps them channel-major pays fo
 
 import logging
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetrain.kernels import costs, cpu, reference
@@ -25,10 +29,40 @@ WIDEST = 32768  # entries of a row that Triton's selection holds in registers
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 log = logging.getLogger(__name__)
+
+
+class _Forced(threading.local):
+    backend: Backend = "auto"
+
+
+_forced = _Forced()
 _taken: dict[tuple, str] = {}
 
 
-def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias for a dense weight: `torch.nn.functional.linear` that keeps the layout of x.
+
+    Args:
+        x: (..., K), token-major or channel-major.
+        weight: (M, K). bias: (M,) or None.
+
+    Returns:
+        (..., M) in the type of x (of autocast, where it is on) and the layout of x, differentiable in all three.
+    """
+    if not reference.is_channel_major(x):
+        return F.linear(x, weight, bias)
+    x = _autocast(x)
+    y = _DenseLinear.apply(_to_blocks(x), weight, bias).mT
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def sparse_linear(
+    x: Tensor,
+    weight: SparseWeight,
+    bias: Tensor | None = None,
+    backend: Backend = "auto",
+    gradient_to: Tensor | SparseWeight | None = None,
+) -> Tensor:
     """y = x W^T + bias for a weight that keeps its nonzeros alone.
 
     Args:
@@ -38,10 +72,13 @@ def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, b
         backend: "cpu" (float32, bfloat16), "triton" (CUDA; float32, bfloat16, float16), "reference" (a dense
             product, any type), or "auto": whichever of the fast one and the dense one the cost model says is
             faster, which is logged once. "triton rows" and "triton slabs" are its two designs, see `slabs`.
+        gradient_to: what the gradient of the weight goes to, in place of `weight.values`, which is then taken as
+            values that were read from it: the dense weight (M, K), every entry of which gets its gradient, or a
+            SparseWeight of the same shape with more nonzeros, whose values do.
 
     Returns:
-        (..., M) in the type of x (of autocast, where it is on) and the layout of x, differentiable in x,
-        `weight.values` and bias. Sums are fp32; the gradient of the values is summed in fp32 too.
+        (..., M) in the type of x (of autocast, where it is on) and the layout of x, differentiable in x, bias, and
+        `weight.values` or what `gradient_to` names. Sums are fp32; the gradient of the weight is summed in fp32 too.
 
     Raises:
         TypeError: `weight` is not a SparseWeight.
@@ -49,21 +86,46 @@ def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, b
 
     Source: the products of Gao et al. 2025, A.2, which its authors ran dense.
     """
-    _check_linear(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # doubles stay, as in a dense layer
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    _check_linear(x, weight, bias, gradient_to)
+    x = _autocast(x)
     chosen = _linear_backend(backend, x, weight) if x.numel() else "reference"
     if chosen == "reference":
-        return reference.sparse_linear(x, weight, bias)
+        if gradient_to is None:
+            return reference.sparse_linear(x, weight, bias)
+        return linear(x, gradient_to if isinstance(gradient_to, Tensor) else gradient_to.to_dense(), bias)
     blocks = _to_blocks(x)
     rows, columns = weight.rows, weight.columns
     bias = None if bias is None else bias.contiguous()
+    learnt, wanted = weight.values, rows  # the gradient is wanted at the nonzeros of `wanted`, or everywhere
+    if gradient_to is not None:
+        dense = isinstance(gradient_to, Tensor)
+        learnt, wanted = (gradient_to, None) if dense else (gradient_to.values, gradient_to.rows)
     y = _SparseLinear.apply(
-        blocks, weight.values.contiguous(), bias, weight.to_column_major, rows.offsets, rows.indices, rows.by_length,
-        columns.offsets, columns.indices, columns.by_length, chosen,
-    )  # fmt: skip
+        blocks, learnt, weight.values.detach().contiguous(), bias, weight.to_column_major, rows, columns, wanted, chosen
+    )
     y = y.mT if reference.is_channel_major(x) else _swapped(y)
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def dense_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a dense weight, from those of y = x W^T: the sum over tokens of grad x^T.
+
+    Args:
+        grad: (..., M). x: (..., K), the same tokens; taken in the type of grad.
+
+    Returns:
+        (M, K), fp32. Both are read once where they are channel-major.
+    """
+    if reference.is_channel_major(x) and not reference.is_channel_major(grad):
+        grad = grad.mT.contiguous().mT
+    return _dense_gradient(_to_blocks(grad), _to_blocks(x.to(grad.dtype)))
+
+
+def channel_major(x: Tensor) -> Tensor:
+    """x (..., T, K) with its tokens contiguous, differentiable; a copy unless it is so already."""
+    if reference.is_channel_major(x):
+        return x
+    return _swapped(x.reshape(-1, *x.shape[-2:])).mT.view(x.shape)
 
 
 def abs_topk(x: Tensor, k: int, backend: Backend = "auto") -> Tensor:
@@ -110,6 +172,12 @@ def project_(
 
     Source: Gao et al. 2025, A.2.
     """
+    if isinstance(weight, SparseWeight):  # temporary
+        dense = weight.to_dense()
+        weight.values.copy_(
+            project_(dense, k, min_per_row, min_per_column, backend)[weight.row_of_each(), weight.rows.indices.long()]
+        )
+        return weight
     if not 0 <= k <= weight.numel():
         raise ValueError(f"k must be in [0, {weight.numel()}], the size of the weight, got {k}")
     if weight.dim() not in (1, 2):
@@ -126,6 +194,28 @@ def project_(
     return weight.copy_(_module(chosen, "project").project(weight, k, min_per_row, min_per_column))
 
 
+def sparse_pays(
+    shape: tuple[int, int], n_tokens: int, n_nonzero: int, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether a weight (M, K) is multiplied faster by its nonzeros than as a dense matrix that is at hand."""
+    if _forced.backend == "reference":
+        return False
+    fast = ["cpu"] if device.type == "cpu" else DESIGNS[: 2 if dtype == torch.bfloat16 else 1]
+    size = (*shape, n_tokens, n_nonzero)
+    dense, *sparse = (costs.predict(b, device.type, dtype, size, training=False) for b in (costs.DENSE, *fast))
+    return min(sparse) < dense
+
+
+@contextmanager
+def using(backend: Backend) -> Iterator[None]:
+    """Have `backend` run wherever "auto" is asked for, in this thread, as long as the context lasts."""
+    before, _forced.backend = _forced.backend, backend
+    try:
+        yield
+    finally:
+        _forced.backend = before
+
+
 def designs(x: Tensor, weight: SparseWeight) -> list[str]:
     """The designs of Triton's sparse products that take x and the gradient of the result: backends to ask for."""
     slabs = import_module("sparsetrain.kernels.slabs")
@@ -134,7 +224,9 @@ def designs(x: Tensor, weight: SparseWeight) -> list[str]:
     return list(DESIGNS if fits else DESIGNS[:1])
 
 
-def _check_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> None:
+def _check_linear(
+    x: Tensor, weight: SparseWeight, bias: Tensor | None, gradient_to: Tensor | SparseWeight | None
+) -> None:
     if not isinstance(weight, SparseWeight):
         raise TypeError(f"weight must be a SparseWeight, got {type(weight).__name__}; build one with from_dense")
     m, k = weight.shape
@@ -149,6 +241,8 @@ def _check_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> None:
         problems.append(
             f"bias must have shape ({m},) on {weight.values.device}, got {tuple(bias.shape)} on {bias.device}"
         )
+    if gradient_to is not None and tuple(gradient_to.shape) != (m, k):
+        problems.append(f"gradient_to must have the shape of the weight, {(m, k)}, got {tuple(gradient_to.shape)}")
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -160,6 +254,8 @@ def _pick(backend: Backend, x: Tensor, allowed: tuple[str, ...] = BACKENDS, long
     """
     if backend not in allowed:
         raise ValueError(f"backend must be one of {', '.join(allowed)}, got {backend!r}")
+    if backend == "auto":
+        backend = _forced.backend
     if backend == "auto":
         fast = "cpu" if x.device.type == "cpu" else "triton"
         return "reference" if _obstacle(fast, x, longest) else fast
@@ -248,29 +344,71 @@ def _swapped(x: Tensor) -> Tensor:
 
 
 class _SparseLinear(torch.autograd.Function):
-    """x (B, K, T) to (B, M, T). Less overhead than one op with a registered gradient."""
+    """x (B, K, T) to (B, M, T); the gradient of the weight goes to `learnt`, at the nonzeros of `wanted` or everywhere.
+
+    Less overhead than one op with a registered gradient.
+    """
 
     @staticmethod
-    def forward(ctx, x, values, bias, to_column_major, row_offsets, columns, by_length, *rest):
-        *by_column, ctx.backend = rest
-        ctx.bias_type = None if bias is None else bias.dtype
-        by_row = (row_offsets, columns, by_length)
-        ctx.save_for_backward(x, values, to_column_major, *by_row, *by_column)
-        return _sparse_matmul(x, values, bias, *by_row, ctx.backend)
+    def forward(ctx, x, learnt, values, bias, to_column_major, rows, columns, wanted, backend):
+        ctx.types = learnt.dtype, None if bias is None else bias.dtype
+        ctx.columns, ctx.wanted, ctx.backend = columns, wanted, backend
+        ctx.save_for_backward(x, values, to_column_major)
+        return _sparse_matmul(x, values, bias, rows.offsets, rows.indices, rows.by_length, backend)
 
     @staticmethod
     def backward(ctx, grad):
-        x, values, to_column_major, *orders = ctx.saved_tensors
-        by_row, by_column = orders[:3], orders[3:]
+        x, values, to_column_major = ctx.saved_tensors
+        columns, wanted = ctx.columns, ctx.wanted
         grad = grad.contiguous()
-        grads: list[Tensor | None] = [None] * 11
+        grads: list[Tensor | None] = [None] * 9
         if ctx.needs_input_grad[0]:
+            by_column = (columns.offsets, columns.indices, columns.by_length)
             grads[0] = _sparse_matmul(grad, values.index_select(0, to_column_major), None, *by_column, ctx.backend)
         if ctx.needs_input_grad[1]:
-            grads[1] = _sampled_matmul(grad, x, *by_row, ctx.backend).to(values.dtype)
-        if ctx.needs_input_grad[2]:
-            grads[2] = grad.sum((0, 2), dtype=_sum_type(grad.dtype)).to(ctx.bias_type)
+            if wanted is None:
+                learnt = _dense_gradient(grad, x)
+            else:
+                learnt = _sampled_matmul(grad, x, wanted.offsets, wanted.indices, wanted.by_length, ctx.backend)
+            grads[1] = learnt.to(ctx.types[0])
+        if ctx.needs_input_grad[3]:
+            grads[3] = _sum_of_tokens(grad).to(ctx.types[1])
         return tuple(grads)
+
+
+class _DenseLinear(torch.autograd.Function):
+    """x (B, K, T) to (B, M, T) by a dense weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.bias_type = None if bias is None else bias.dtype
+        spread = weight.to(x.dtype).expand(x.shape[0], -1, -1)
+        return torch.bmm(spread, x) if bias is None else torch.baddbmm(bias.to(x.dtype)[:, None], spread, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        in_grad = weight_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            in_grad = torch.bmm(weight.to(x.dtype).t().expand(x.shape[0], -1, -1), grad)
+        if ctx.needs_input_grad[1]:
+            weight_grad = _dense_gradient(grad, x).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            bias_grad = _sum_of_tokens(grad).to(ctx.bias_type)
+        return in_grad, weight_grad, bias_grad
+
+
+def _sum_of_tokens(grad: Tensor) -> Tensor:
+    return grad.sum((0, 2), dtype=_sum_type(grad.dtype))
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in the type of autocast, where it is on; doubles stay, as in a dense layer."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 # Registered as custom ops so that torch.compile keeps them whole instead of tracing into ctypes or a launch.
@@ -294,6 +432,19 @@ def _(x, values, bias, offsets, indices, by_length, backend):
 @_sampled_matmul.register_fake
 def _(y, x, offsets, indices, by_length, backend):
     return x.new_empty(indices.shape[0], dtype=_sum_type(x.dtype))
+
+
+@torch.library.custom_op("sparsetrain::dense_gradient", mutates_args=())
+def _dense_gradient(y: Tensor, x: Tensor) -> Tensor:
+    if y.device.type == "cpu" and y.dtype in cpu.NAMES:
+        return cpu.dense_gradient(y, x)
+    y, x = (t.transpose(0, 1).flatten(1) for t in (y, x))  # one product over all tokens, as a dense layer has it
+    return (y @ x.t()).to(_sum_type(y.dtype))
+
+
+@_dense_gradient.register_fake
+def _(y, x):
+    return y.new_empty(y.shape[1], x.shape[1], dtype=_sum_type(y.dtype))
 
 
 def _sum_type(dtype: torch.dtype) -> torch.dtype:

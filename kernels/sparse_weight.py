@@ -110,6 +110,12 @@ class SparseWeight:
             )
         return replace(self, values=values)
 
+    def nonzero(self) -> tuple["SparseWeight", Tensor]:
+        """The entries whose value is not zero as a weight of their own, and their places (E',) in `values`."""
+        at = self.values.detach().nonzero().squeeze(-1)
+        row, column = self.row_of_each()[at], self.rows.indices.long()[at]
+        return type(self)._build(self.shape, self.values[at], row, column), at.int()
+
     def to_dense(self) -> Tensor:
         """The matrix (M, K), in the type of `values` and differentiable in them."""
         dense = self.values.new_zeros(self.shape)

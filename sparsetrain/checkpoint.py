@@ -25,6 +25,8 @@ from torch import Tensor
 
 from sparsetrain.config import RunConfig, load_config
 from sparsetrain.data import Corpus, file_hash, prepare
+from sparsetrain.kernels.sparse_weight import SparseWeight
+from sparsetrain.linear import Linear
 from sparsetrain.model import Transformer
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint or run directory that cannot be read, does not fit, or could not be written."""
 
 
-def save_sparse(path: Path, tensors: Mapping[str, Tensor], **notes: str) -> None:
+def save_sparse(path: Path, tensors: Mapping[str, Tensor | SparseWeight], **notes: str) -> None:
     """Write tensors to a safetensors file; those that are mostly zero as `name.values` and `name.indices` (int32).
 
     `notes` go into the file's metadata, where `read_notes` finds them.
@@ -46,7 +48,7 @@ def save_sparse(path: Path, tensors: Mapping[str, Tensor], **notes: str) -> None
     """
     stored, shapes = {}, {}
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
+        tensor = (tensor.to_dense() if isinstance(tensor, SparseWeight) else tensor).detach().cpu().contiguous()
         flat = tensor.flatten()
         indices = flat.nonzero().squeeze(-1)
         if tensor.is_floating_point() and 2 * len(indices) < len(flat) < 2**31:
@@ -124,7 +126,7 @@ def save_checkpoint(
     """
     target = run_dir / "checkpoints" / f"step_{state['step']:08d}"
     with whole_folder(target) as folder:
-        save_sparse(folder / "model.safetensors", model.state_dict(), tokenizer=file_hash(run_dir / "tokenizer.json"))
+        save_sparse(folder / "model.safetensors", _weights(model), tokenizer=file_hash(run_dir / "tokenizer.json"))
         save_sparse(folder / "optimizer.safetensors", _moments(model, optimizer))
         hashes = {f.name: file_hash(f) for f in sorted(folder.glob("*.safetensors"))}
         (folder / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
@@ -158,6 +160,9 @@ def restore(folder: Path, model: Transformer, optimizer: torch.optim.Adam) -> No
     """
     fill(model, load_sparse(folder / "model.safetensors"), folder)
     moments = load_sparse(folder / "optimizer.safetensors")
+    for name, linear in _linear_maps(model):
+        if (candidates := moments.get(f"{name}.candidates")) is not None:
+            linear.hold_(candidates.long().to(linear.weight.device))
     for name, p in model.named_parameters():
         optimizer.state[p] = {key: moments[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
 
@@ -172,7 +177,7 @@ def export_model(run_dir: Path, model: Transformer, config_yaml: str) -> Path:
     """Write `model/`, which holds all that loading the finished model takes."""
     target = run_dir / "model"
     with whole_folder(target) as folder:
-        save_sparse(folder / "model.safetensors", model.state_dict(), tokenizer=file_hash(run_dir / "tokenizer.json"))
+        save_sparse(folder / "model.safetensors", _weights(model), tokenizer=file_hash(run_dir / "tokenizer.json"))
         (folder / "config.yaml").write_text(config_yaml)
         shutil.copy(run_dir / "tokenizer.json", folder / "tokenizer.json")
     return target
@@ -289,8 +294,19 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step_*"))
 
 
+def _linear_maps(model: Transformer) -> list[tuple[str, Linear]]:
+    return [(f"{name}.weight", m) for name, m in model.named_modules() if isinstance(m, Linear)]
+
+
+def _weights(model: Transformer) -> dict[str, Tensor | SparseWeight]:
+    """The state of a model by name, weights that are held at candidates as such."""
+    return {**model.state_dict(), **{name: linear.held() for name, linear in _linear_maps(model)}}
+
+
 def _moments(model: Transformer, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
-    return {f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
+    moments = {f"{name}.{key}": v for name, p in model.named_parameters() for key, v in optimizer.state[p].items()}
+    held = {f"{name}.candidates": m.indices() for name, m in _linear_maps(model) if m.candidates is not None}
+    return {**moments, **held}
 
 
 def _remedy(folder: Path) -> str:

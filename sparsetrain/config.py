@@ -34,6 +34,9 @@ class RunOptions:
     dtype: Literal["float32", "bfloat16"] = option("float32", "autocast type; weights stay float32")
     threads: int | None = option(None, "CPU threads; null: one or all, whichever is faster at the time", low=1)
     compile: bool = option(False, "run the model through torch.compile")
+    kernels: Literal["auto", "reference"] = option(
+        "auto", "auto: sparse products where they pay, fused ops; reference: dense products and plain torch throughout"
+    )
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,12 @@ class SparsityOptions:
     )
     biases: Literal["dense", "sparse"] = option("dense", "sparse: biases are projected too")
     min_alive: int = option(4, "nonzeros kept in each neuron and attention channel; 0 turns it off", low=0)
+    gradient: Literal["dense", "candidates"] = option(
+        "dense", "entries that are trained: all (the paper's rule), or for each matrix some candidates (see the next)"
+    )
+    candidates: float = option(4.0, "candidates per nonzero of a matrix", low=1)
+    refill_every: int = option(50, "steps between choices of new candidates", "steps", low=1)
+    refill_share: float = option(0.25, "share of a batch whose dense gradient chooses them", "fraction", 0, 1)
     anneal: Literal["linear", "exponential"] = option("linear", "how density falls from 1 to its target")
     anneal_start: float = option(0.01, "when density starts to fall", "share of steps", 0, 1)
     anneal_stop: float = option(0.5, "when density has reached its target", "share of steps", 0, 1)

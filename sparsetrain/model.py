@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.config import ModelOptions
-from sparsetrain.kernels.ops import abs_topk
+from sparsetrain.kernels.ops import abs_topk, channel_major
+from sparsetrain.kernels.reference import is_channel_major
+from sparsetrain.linear import Linear
 
 Edit = Callable[[Tensor], Tensor]
 Visit = Callable[[str, Tensor], Tensor]
@@ -44,7 +46,7 @@ class Transformer(nn.Module):
             self.positions = nn.Embedding(options.n_ctx, options.d_pos if options.positions == "concat" else d)
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.n_layers))
         self.norm = nn.RMSNorm(d, eps=options.norm_eps)
-        self.unembed = nn.Linear(d, vocab_size, bias=False)
+        self.unembed = Linear(d, vocab_size, bias=False)
         if options.bigram:
             self.bigram = nn.Parameter(torch.zeros(vocab_size, vocab_size))
         self.checkpoint_activations = False
@@ -101,6 +103,8 @@ class Transformer(nn.Module):
             p = self.positions.weight[: tokens.shape[1]]
             if self.options.positions == "learned":
                 x, p = x + p, None
+        if any(m.active is not None for m in self.modules() if isinstance(m, Linear)):
+            x = channel_major(x)
         x = visit("embed", x)
         for l, block in enumerate(self.blocks):
             if self.checkpoint_activations and self.training:
@@ -152,15 +156,15 @@ class Attention(nn.Module):
         self.d_head = options.d_head
         self.topk = options.abs_topk
         self.norm = Norm(options)
-        self.qkv = nn.Linear(self.norm.width, 3 * d, bias=options.bias)
-        self.out = nn.Linear(d, d, bias=options.bias)
+        self.qkv = Linear(self.norm.width, 3 * d, bias=options.bias)
+        self.out = Linear(d, d, bias=options.bias)
         self.sink = nn.Parameter(torch.zeros(d // options.d_head)) if options.sink else None
 
     def forward(self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit) -> Tensor:
         read = visit(prefix + "attn_in", keep(self.norm(x, p), self.topk.attn_in))
         q, k, v = (
             visit(prefix + name, keep(part, getattr(self.topk, name)))
-            for name, part in zip("qkv", self.qkv(read).chunk(3, dim=-1), strict=True)
+            for name, part in zip("qkv", thirds(self.qkv(read)), strict=True)
         )
         heads = (t.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, K)
         z = visit(prefix + "z", attend(*heads, self.sink).transpose(1, 2).flatten(-2))
@@ -176,8 +180,8 @@ class Mlp(nn.Module):
         self.norm = Norm(options)
         self.act = F.gelu if options.activation == "gelu" else F.relu
         n_neurons = options.mlp_ratio * options.d_model
-        self.up = nn.Linear(self.norm.width, n_neurons, bias=options.bias)
-        self.out = nn.Linear(n_neurons, options.d_model, bias=options.bias)
+        self.up = Linear(self.norm.width, n_neurons, bias=options.bias)
+        self.out = Linear(n_neurons, options.d_model, bias=options.bias)
 
     def forward(self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit) -> Tensor:
         read = visit(prefix + "mlp_in", keep(self.norm(x, p), self.topk.mlp_in))
@@ -198,12 +202,20 @@ class Norm(nn.Module):
         x = self.resid(x)
         if self.pos is None:
             return x
-        return torch.cat([x, self.pos(p).expand(x.shape[0], -1, -1)], dim=-1)
+        p = self.pos(p).expand(x.shape[0], -1, -1)
+        return torch.cat([x.mT, p.mT], dim=-2).mT if is_channel_major(x) else torch.cat([x, p], dim=-1)
 
 
 def keep(x: Tensor, fraction: float) -> Tensor:
     """AbsTopK that keeps int(fraction x width) entries along the last dimension; 1 keeps x as it is."""
     return abs_topk(x, int(fraction * x.shape[-1]))
+
+
+def thirds(x: Tensor) -> list[Tensor]:
+    """Three (B, T, D) of x (B, T, 3D), in its layout."""
+    if is_channel_major(x):
+        return [part.contiguous().mT for part in x.mT.chunk(3, dim=-2)]
+    return list(x.chunk(3, dim=-1))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Tensor:

@@ -4,8 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.config import OptimOptions, SparsityOptions
+from sparsetrain.linear import Linear
 from sparsetrain.model import Transformer
 from sparsetrain.sparsity import density
+
+PART = 4096  # gradients that are summed in one piece
 
 
 def build_adam(model: nn.Module, options: OptimOptions) -> torch.optim.Adam:
@@ -27,19 +30,27 @@ def learning_rate(options: OptimOptions, sparsity: SparsityOptions, progress: fl
 
 
 @torch.no_grad()
-def scale_gradients_(model: nn.Module, rule: str) -> Tensor:
+def scale_gradients_(model: Transformer, rule: str) -> Tensor:
     """Scale all gradients by one factor, in place; returns their RMS before (a 0-d tensor).
 
     `normalise` makes the RMS over all parameters 1 (the released train.py), `clip` does so only where it is above 1
-    (the paper's text, A.2), `none` changes nothing.
+    (the paper's text, A.2), `none` changes nothing. Entries that are not held (sparsity.gradient=candidates) count as
+    entries whose gradient is zero.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    # Row by row: a sum over a whole tensor would be split by thread, and its bits would follow their number.
-    squares = torch.stack([torch.linalg.vector_norm(g, dim=-1).square().sum() for g in gradients])
-    rms = (squares.sum() / sum(g.numel() for g in gradients)).sqrt()
+    squares = torch.stack([_sum_of_squares(g) for g in gradients])
+    size = sum(m.shape[0] * m.shape[1] - m.weight.numel() for m in model.modules() if isinstance(m, Linear))
+    rms = (squares.sum() / (size + sum(g.numel() for g in gradients))).sqrt()
     if rule != "none":
         torch._foreach_div_(gradients, rms + 1e-5 if rule == "normalise" else rms.clamp_min(1.0))
     return rms
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """In parts, since torch splits a sum over a whole tensor by thread, and its bits would follow their number."""
+    whole = x.numel() // PART * PART
+    parts = torch.linalg.vector_norm(x.view(-1)[:whole].view(-1, PART), dim=-1)
+    return parts.square().sum() + torch.linalg.vector_norm(x.view(-1)[whole:]).square()
 
 
 @torch.no_grad()
@@ -48,5 +59,5 @@ def decay_(model: Transformer, options: OptimOptions, lr: float) -> None:
 
     Source: the released train.py; the paper states the coefficient 0.1 (A.2).
     """
-    matrices = [p for name, p in model.named_parameters() if p.dim() > 1 and name != "bigram"]
+    matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.Linear))]
     torch._foreach_mul_(matrices, 1 - lr * options.weight_decay)

@@ -55,9 +55,10 @@ class Recorder:
     def histograms(self, step: int, tensors: list[Projected]) -> None:
         """Record how nonzero weights, and their number in each row, are distributed."""
         for t in tensors:
-            alive = t.weight != 0
+            weight = t.dense()
+            alive = weight != 0
             if alive.any():  # there is no histogram of nothing
-                self.board.add_histogram(f"weights/{t.name}", t.weight[alive], step)
+                self.board.add_histogram(f"weights/{t.name}", weight[alive], step)
             if alive.dim() == 2:
                 self.board.add_histogram(f"nonzeros_per_row/{t.name}", alive.sum(1), step)
 

@@ -1,29 +1,46 @@
-"""Weight sparsity: which matrices are projected, how many nonzeros each may have at a step, and counts."""
+"""Weight sparsity: which tensors are projected, how many nonzeros each may have at a step, and counts."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from sparsetrain.config import SparsityOptions
-from sparsetrain.kernels.ops import project_
+from sparsetrain.kernels.ops import project_, sparse_pays
+from sparsetrain.linear import Linear
 from sparsetrain.model import Transformer
 
 
 @dataclass(frozen=True)
 class Projected:
-    """One tensor under the projection, and the floor it is held to."""
+    """One tensor under the projection, and the floor it is held to.
+
+    Attributes:
+        parameter: the tensor itself; of a linear map that is held at candidates, their values.
+        linear: the linear map whose weight it is, if it is one.
+    """
 
     name: str
-    weight: nn.Parameter
+    parameter: nn.Parameter
     kind: Literal["block", "embedding", "bias"]
     min_per_row: int = 0
     min_per_column: int = 0
+    linear: Linear | None = None
+
+    @property
+    def size(self) -> int:
+        """Entries, zero or not, held or not."""
+        return self.linear.shape[0] * self.linear.shape[1] if self.linear else self.parameter.numel()
 
     def l0(self, options: SparsityOptions, progress: float) -> int:
         """How many nonzeros it may have after the step at `progress` (step / steps)."""
         share = density(options, progress) if self.kind == "block" else embedding_density(options, progress)
-        return max(1, int(share * self.weight.numel()))
+        return max(1, int(share * self.size))
+
+    def dense(self) -> Tensor:
+        """The whole tensor, detached."""
+        return self.linear.dense_weight() if self.linear else self.parameter.detach()
 
 
 def projected(model: Transformer, options: SparsityOptions) -> list[Projected]:
@@ -38,7 +55,7 @@ def projected(model: Transformer, options: SparsityOptions) -> list[Projected]:
     j = options.min_alive
     found = [
         Projected("embed.weight", model.embed.weight, "embedding"),
-        Projected("unembed.weight", model.unembed.weight, "embedding"),
+        Projected("unembed.weight", model.unembed.weight, "embedding", linear=model.unembed),
     ]
     if model.options.positions == "learned":
         found.append(Projected("positions.weight", model.positions.weight, "block"))
@@ -47,7 +64,8 @@ def projected(model: Transformer, options: SparsityOptions) -> list[Projected]:
             for name in maps:
                 linear, rows = getattr(getattr(block, part), name), name != "out"
                 where = f"blocks.{l}.{part}.{name}"
-                found.append(Projected(f"{where}.weight", linear.weight, "block", j if rows else 0, 0 if rows else j))
+                floors = (j, 0) if rows else (0, j)
+                found.append(Projected(f"{where}.weight", linear.weight, "block", *floors, linear))
                 if options.biases == "sparse" and linear.bias is not None:
                     found.append(Projected(f"{where}.bias", linear.bias, "bias"))
     return found
@@ -76,14 +94,34 @@ def embedding_density(options: SparsityOptions, progress: float) -> float:
 def project_all_(tensors: list[Projected], options: SparsityOptions, progress: float) -> None:
     """Hold every tensor to its budget, in place (invariant 1: nonzeros <= L0 after every step)."""
     for t in tensors:
-        project_(t.weight.data, t.l0(options, progress), t.min_per_row, t.min_per_column)
+        where = t.parameter.data if t.linear is None else t.linear.held()
+        project_(where, t.l0(options, progress), t.min_per_row, t.min_per_column)
+
+
+def read_all_(
+    tensors: list[Projected], options: SparsityOptions, progress: float, n_tokens: int, dtype: torch.dtype
+) -> None:
+    """Tell each linear map which nonzeros to multiply, or to take a dense product where that is faster.
+
+    Args:
+        tensors: projected, as of now.
+        options, progress: as of the projection.
+        n_tokens, dtype: of a forward pass.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    for t in tensors:
+        if t.linear is not None:
+            n, device = t.l0(options, progress), t.parameter.device
+            t.linear.read_(sparse_pays(t.linear.shape, n_tokens, n, device, dtype))
 
 
 def count(tensors: list[Projected]) -> dict[str, dict[str, float]]:
     """For each tensor by name: nonzeros, density, and rows and columns without any nonzero."""
     found = {}
     for t in tensors:
-        alive = t.weight.detach() != 0
+        alive = t.dense() != 0
         n = int(alive.sum())
         found[t.name] = {"n_nonzero": n, "density": n / alive.numel(), "dead_rows": _dead(alive, -1)}
         if alive.dim() == 2:

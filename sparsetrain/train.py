@@ -9,6 +9,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,8 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsetrain import checkpoint, machine, sparsity
+from sparsetrain.candidates import finish_refill_, start_refill
 from sparsetrain.config import ConfigError, RunConfig, config_to_dict, config_to_yaml, known_keys, load_config
 from sparsetrain.data import Corpus, batch, evaluation_batches, file_hash, prepare
+from sparsetrain.kernels import ops
 from sparsetrain.model import Transformer
 from sparsetrain.optim import build_adam, decay_, learning_rate, scale_gradients_
 from sparsetrain.record import Recorder
@@ -79,6 +82,11 @@ def train(config: RunConfig) -> Path:
         TrainingError: the loss is no longer finite.
         Interrupted: a signal came; a checkpoint was written.
     """
+    with ops.using(config.run.kernels):
+        return _train(config)
+
+
+def _train(config: RunConfig) -> Path:
     run = _start(config)
     try:
         if run.step < config.train.steps:
@@ -101,6 +109,8 @@ def train_step(run: Training, forward, inputs: Tensor, targets: Tensor) -> tuple
     lr = learning_rate(c.optim, c.sparsity, progress)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
+    n_sequences = c.train.batch_size // c.train.accumulate
+    refill = start_refill(run.tensors, c.sparsity, run.step, c.train.steps, n_sequences)
     loss = torch.zeros((), device=run.device)
     for part_in, part_out in zip(inputs.chunk(c.train.accumulate), targets.chunk(c.train.accumulate), strict=True):
         part = _loss(run, forward, part_in, part_out) / c.train.accumulate
@@ -111,8 +121,21 @@ def train_step(run: Training, forward, inputs: Tensor, targets: Tensor) -> tuple
     run.optimizer.zero_grad()
     sparsity.project_all_(run.tensors, c.sparsity, progress)
     decay_(run.model, c.optim, lr)
+    finish_refill_(refill, run.optimizer, c.sparsity, progress)
     run.step += 1
+    try:
+        read_weights_(run)
+    except ValueError:
+        raise TrainingError(_not_finite(run, "a weight became infinite or NaN", run.step)) from None
     return loss, rms
+
+
+def read_weights_(run: Training) -> None:
+    """Choose each linear map's product for the weights as they are now: after a step, and before the first."""
+    c = run.config
+    n_tokens = c.train.batch_size // c.train.accumulate * c.model.n_ctx
+    progress = max(0, run.step - 1) / c.train.steps
+    sparsity.read_all_(run.tensors, c.sparsity, progress, n_tokens, getattr(torch, c.run.dtype))
 
 
 @torch.no_grad()
@@ -164,6 +187,7 @@ def _start(config: RunConfig) -> Training:
             )
         checkpoint.restore(newest, model, run.optimizer)
         run.step, run.seconds = state["step"], state["seconds"]
+        read_weights_(run)
         doing = "resuming" if run.step < config.train.steps else "nothing left to train in"
         log.info("%s %s, at step %d", doing, run_dir, run.step)
     return run
@@ -217,7 +241,7 @@ def _describe(run_dir: Path, run: Training) -> None:
 
 def _loop(run: Training) -> None:
     c = run.config
-    forward = torch.compile(run.model) if c.run.compile else run.model
+    forward = _compiled(run.model) if c.run.compile else run.model
     tokens = run.corpus.tokens("train")
     threads = Threads(c.run.threads if run.device.type == "cpu" else torch.get_num_threads())
     losses = _Losses(run)
@@ -259,6 +283,12 @@ def _loop(run: Training) -> None:
                 raise Interrupted(f"stopped after step {run.step}; the same command goes on from there")
 
 
+def _compiled(model: Transformer):
+    # The graph breaks at every sparse product, and torch warns of each tensor that goes from one part to the next.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+    return torch.compile(model)
+
+
 class _Losses:
     """The losses not looked at yet: looking waits for the device, so it is done now and then."""
 
@@ -275,7 +305,7 @@ class _Losses:
         for step, loss in self.waiting:
             self.newest = loss.item()
             if not math.isfinite(self.newest):
-                raise TrainingError(_not_finite(self.run, self.newest, step))
+                raise TrainingError(_not_finite(self.run, f"the loss became {self.newest}", step))
         self.waiting.clear()
 
 
@@ -321,14 +351,12 @@ def _refuse_broken(run: Training) -> None:
     x, y = batch(tokens, c.run.seed, run.step, 0, c.train.batch_size // c.train.accumulate, c.model.n_ctx)
     loss = _loss(run, run.model, x.to(run.device), y.to(run.device)).item()
     if not math.isfinite(loss) or not all(bool(p.isfinite().all()) for p in run.model.parameters()):
-        raise TrainingError(_not_finite(run, loss, run.step + 1))
+        raise TrainingError(_not_finite(run, f"the loss became {loss}", run.step + 1))
 
 
-def _not_finite(run: Training, loss: float, step: int) -> str:
+def _not_finite(run: Training, what: str, step: int) -> str:
     kept = checkpoint.latest_checkpoint(run.config.run_dir)
-    return (
-        f"the loss became {loss} at step {step}; the last good state is {kept or 'the beginning'}; try a lower optim.lr"
-    )
+    return f"{what} at step {step}; the last good state is {kept or 'the beginning'}; try a lower optim.lr"
 
 
 def _finish(run: Training) -> None:
@@ -341,7 +369,7 @@ def _finish(run: Training) -> None:
         {
             **earlier,
             "val_loss": evaluate(run) if run.val_loss is None else run.val_loss,
-            "density": n_nonzero / sum(t.weight.numel() for t in run.tensors),
+            "density": n_nonzero / sum(t.size for t in run.tensors),
             "n_nonzero": n_nonzero,
             "tokens": c.train.steps * c.train.batch_size * c.model.n_ctx,
             "seconds": round(run.seconds, 2),

@@ -8,10 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"kernels"},
-    {"config", "task_fragments", "machine"},
+    {"config", "linear", "task_fragments", "machine"},
     {"data", "model", "task_prompts"},
     {"sparsity", "checkpoint", "tasks"},
-    {"optim", "record", "threads"},
+    {"candidates", "optim", "record", "threads"},
     {"train", "pruning", "bench"},
     {"analysis"},
     {"cli"},

@@ -55,7 +55,7 @@ def test_projection_meets_every_budget_and_floor():
     tensors = sparsity.projected(m, options)
     sparsity.project_all_(tensors, options, 1.0)
     for t in tensors:
-        alive = t.weight != 0
+        alive = t.dense() != 0
         assert int(alive.sum()) == t.l0(options, 1.0), t.name
         assert alive.sum(1).min() >= t.min_per_row
         assert alive.sum(0).min() >= t.min_per_column
