@@ -183,12 +183,11 @@ def _nonzeros(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _nonzeros_c(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight.contiguous()
     offsets = torch.empty(weight.shape[0] + 1, dtype=torch.int32)
-    found = torch.empty(weight.shape, dtype=torch.int32)  # few of its pages are ever touched
     threads = torch.get_num_threads() if weight.numel() > SMALL else 1
-    call("find_nonzeros", weight, *weight.shape, offsets, found, threads=threads)
+    call("count_nonzeros", weight, *weight.shape, offsets, threads=threads)
     columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
     values = torch.empty(columns.shape)
-    call("take_nonzeros", weight, *weight.shape, offsets, found, columns, values)
+    call("take_nonzeros", weight, *weight.shape, offsets, columns, values, threads=threads)
     return values, columns, offsets
 
 

@@ -19,8 +19,10 @@ typedef uint64_t longs __attribute__((vector_size(32)));
 #define GROUPS 16     /* whose greatest entries bound the j-th greatest of a row from below, for j up to GROUPS */
 #define TILE 64       /* columns whose greatest entries stay in the L1 cache */
 #define AT_ONCE 4     /* rows of a column's entries that are sorted in together */
-#define PIECE 65536   /* entries of a unit of parallel work, more or less: their nonzeros' places start together */
+#define PIECE 65536   /* entries of a unit of parallel work, more or less */
+#define BATCH 4       /* divides WORD, so that no more is overwritten than there are entries */
 #define SAMPLE 8192
+#define KEPT (1 << 23)  /* integers, 32 MiB */
 #define SIGNLESS 0x7fffffff
 #define INFINITE 0x7f800000
 #define UNFORCED INT32_MIN /* the bit of a key that puts it below those that a floor keeps */
@@ -75,14 +77,15 @@ static int32_t kth_greatest(const int32_t *keys, int64_t n, int64_t k, int64_t *
 
 /* A magnitude that, by a sample, a little more than k of n entries reach; at least 1. */
 static int32_t guess(const int32_t *x, int64_t n, int64_t k, int32_t *sample) {
-    int64_t expected = k * (double)SAMPLE / n, rank = expected + expected / 8 + 24, above; /* 3.5 sigma at 1 % */
-    if (n < 4 * SAMPLE || rank >= SAMPLE) return 1;
+    int64_t size = smaller(SAMPLE, n / 16), expected = k * (double)size / n, above;
+    int64_t rank = expected + expected / 8 + 24; /* 3.5 sigma at 1 % */
+    if (rank >= size) return 1;
     int64_t step = (int64_t)(0.6180339887 * n) | 1, at = 0; /* the golden section spreads over rows and columns */
-    for (int64_t i = 0; i < SAMPLE; i++) {
+    for (int64_t i = 0; i < size; i++) {
         sample[i] = magnitude(x[at]);
         at = at + step < n ? at + step : at + step - n;
     }
-    return (int32_t)larger(1, kth_greatest(sample, SAMPLE, rank, &above));
+    return (int32_t)larger(1, kth_greatest(sample, size, rank, &above));
 }
 
 /* Which of WORD entries reach `bound`, or the bound of their column where it is lower: a bit each. */
@@ -98,61 +101,57 @@ static inline uint32_t reaching(const int32_t *x, int32_t bound, const int32_t *
     return (uint32_t)both | (uint32_t)(both >> 32);
 }
 
-/* Appends the places of those of n entries that reach a bound, counted from `first`, and their keys. */
-static inline __attribute__((always_inline)) int64_t gather_with(const int32_t *x, int64_t n, int32_t bound,
-                                                                 const int32_t *column_bounds, int64_t first,
-                                                                 int32_t *places, int32_t *keys) {
-    int64_t n_found = 0, i = 0;
-    for (; i + WORD <= n; i += WORD)
-        for (uint32_t left = reaching(x + i, bound, column_bounds ? column_bounds + i : 0); left; left &= left - 1) {
-            int64_t at = i + __builtin_ctz(left);
-            places[n_found] = (int32_t)(first + at);
-            if (keys) keys[n_found] = magnitude(x[at]) | UNFORCED;
-            n_found++;
-        }
-    for (; i < n; i++)
-        if ((x[i] & SIGNLESS) >= bound || (column_bounds && (x[i] & SIGNLESS) >= column_bounds[i])) {
-            places[n_found] = (int32_t)(first + i);
-            if (keys) keys[n_found] = magnitude(x[i]) | UNFORCED;
-            n_found++;
-        }
-    return n_found;
-}
-
-static int64_t gather(const int32_t *x, int64_t n, int32_t bound, const int32_t *column_bounds, int64_t first,
-                      int32_t *places, int32_t *keys) {
-    if (!keys) return gather_with(x, n, bound, 0, first, places, 0);
-    if (!column_bounds) return gather_with(x, n, bound, 0, first, places, keys);
-    return gather_with(x, n, bound, column_bounds, first, places, keys);
+/* Writes the places of those of n entries that reach a bound, counted from `first`, and returns how many there are.
+   BATCH are written at a time, since the end of a few is hard to predict; what follows them is overwritten. */
+static inline __attribute__((always_inline)) int64_t gather(const int32_t *x, int64_t n, int32_t bound,
+                                                            const int32_t *column_bounds, int64_t first,
+                                                            int32_t *places) {
+    int32_t *next = places;
+    int64_t i = 0;
+    for (; i + WORD <= n; i += WORD) {
+        uint64_t left = reaching(x + i, bound, column_bounds ? column_bounds + i : 0);
+        int32_t *end = next + __builtin_popcountll(left);
+        do {
+            for (int b = 0; b < BATCH; b++, left &= left - 1)
+                next[b] = (int32_t)(first + i + __builtin_ctzll(left | (uint64_t)1 << WORD));
+            next += BATCH;
+        } while (next < end);
+        next = end;
+    }
+    for (; i < n; i++) {
+        *next = (int32_t)(first + i);
+        next += (x[i] & SIGNLESS) >= bound || (column_bounds && (x[i] & SIGNLESS) >= column_bounds[i]);
+    }
+    return next - places;
 }
 
 /* At most the j-th greatest magnitude of a row, and at least 1: the j-th of the greatest of GROUPS groups. */
 static int32_t row_bound(const int32_t *x, int64_t n, int64_t j) {
-    int32_t top[GROUPS] = {0};
+    union { ints vector[GROUPS / LANES]; int32_t group[GROUPS]; } top = {{{0}}}, reach = {{{0}}};
     if (j > GROUPS) return 1;
     int64_t i = 0;
     for (; i + GROUPS <= n; i += GROUPS)
-        for (int g = 0; g < GROUPS; g++) top[g] = (x[i + g] & SIGNLESS) > top[g] ? x[i + g] & SIGNLESS : top[g];
-    for (; i < n; i++) top[i % GROUPS] = (int32_t)larger(top[i % GROUPS], x[i] & SIGNLESS);
-    int32_t bound = 0;
-    for (int g = 0; g < GROUPS; g++) { /* the greatest value that j groups reach */
-        int32_t reach = 0;
-        for (int other = 0; other < GROUPS; other++) reach += top[other] >= top[g];
-        if (reach >= j && top[g] > bound) bound = top[g];
-    }
-    return (int32_t)larger(1, smaller(bound, INFINITE + 1));
+        for (int v = 0; v < GROUPS / LANES; v++)
+            top.vector[v] = greatest(top.vector[v], *(const ints *)(x + i + v * LANES) & SIGNLESS);
+    for (; i < n; i++) top.group[i % GROUPS] = (int32_t)larger(top.group[i % GROUPS], x[i] & SIGNLESS);
+    for (int g = 0; g < GROUPS; g++) /* how many groups reach each one's greatest; true is -1 */
+        for (int v = 0; v < GROUPS / LANES; v++) reach.vector[v] -= top.group[g] >= top.vector[v];
+    int32_t bound = 1;
+    for (int g = 0; g < GROUPS; g++) bound = reach.group[g] >= j && top.group[g] > bound ? top.group[g] : bound;
+    return (int32_t)smaller(bound, INFINITE + 1);
 }
 
-/* Lets a floor keep the j greatest nonzeros of a line of n keys; those of equal keys that come first. `at` says where
-   the keys are (null: one after another), and `best` holds j places. */
-static void force(int32_t *keys, const int32_t *at, int64_t n, int64_t j, int32_t *best) {
+/* Lets a floor keep the j greatest nonzeros of a line of n keys; those of equal keys that come first. None of them is
+   below `bound`. `at` says where the keys are (null: one after another), and `best` holds j places. */
+static void force(int32_t *keys, const int32_t *at, int64_t n, int64_t j, int32_t bound, int32_t *best) {
     int64_t n_best = 0;
     for (int64_t i = 0; i < n; i++) {
         int32_t place = at ? at[i] : (int32_t)i, key = keys[place] & SIGNLESS;
-        if (!key || (n_best == j && key <= (keys[best[j - 1]] & SIGNLESS))) continue;
+        if (key < bound) continue;
         int64_t rank = n_best < j ? n_best++ : j - 1;
         for (; rank > 0 && (keys[best[rank - 1]] & SIGNLESS) < key; rank--) best[rank] = best[rank - 1];
         best[rank] = place;
+        if (n_best == j) bound = (keys[best[j - 1]] & SIGNLESS) + 1;
     }
     for (int64_t i = 0; i < n_best; i++) keys[best[i]] &= SIGNLESS;
 }
@@ -209,35 +208,49 @@ typedef struct {
     int64_t n, columns, min_per_row, min_per_column, piece, n_pieces, *n_found, *starts;
 } projection;
 
-/* The j-th greatest magnitude of each column of a tile, and how many of those equal to it its floor keeps. */
-static void bound_columns(const projection *p, int64_t tile, int32_t *top) {
-    int64_t from = tile * TILE, width = smaller(TILE, p->columns - from), j = p->min_per_column;
+/* The j-th greatest magnitude of each column of a tile, and how many of those equal to it its floor keeps. Returns how
+   many the floors of the tile keep in all. */
+static int64_t bound_columns(const projection *p, int64_t tile, int32_t *top) {
+    int64_t from = tile * TILE, width = smaller(TILE, p->columns - from), j = p->min_per_column, n_forced = 0;
     column_tops(p->x + from, p->n / p->columns, p->columns, width, j, top);
     for (int64_t c = 0; c < width; c++) {
         int32_t last = top[(j - 1) * TILE + c], ties = last ? 0 : INT32_MAX; /* of too few nonzeros all are kept */
-        for (int64_t i = 0; last && i < j; i++) ties += top[i * TILE + c] == last;
+        for (int64_t i = 0; i < j; i++) {
+            n_forced += top[i * TILE + c] != 0;
+            ties += last && top[i * TILE + c] == last;
+        }
         p->column_bounds[from + c] = last ? last : 1;
         p->column_ties[from + c] = ties;
     }
+    return n_forced;
 }
 
-/* Gathers from piece i what reaches `bound` and what the floors need; those of the rows keep theirs. */
-static void gather_piece(const projection *p, int64_t i, int32_t bound, int32_t *best) {
-    int64_t first = i * p->piece, size = smaller(p->piece, p->n - first), n_found = 0;
-    int64_t run = p->min_per_row || p->min_per_column ? p->columns : size;
-    int32_t *places = p->places + first, *keys = p->keys + first;
+/* Gathers from piece i what reaches `bound` and what the floors need. Where a column's floor has a choice among equal
+   entries all of them are kept, unless pieces come in turn. Returns how many the floors of columns keep. */
+static int64_t gather_piece(const projection *p, int64_t i, int32_t bound, int in_turn, int32_t *best) {
+    int64_t first = i * p->piece, size = smaller(p->piece, p->n - first), n_found = 0, n_forced = 0;
+    int64_t run = p->min_per_row || p->min_per_column ? p->columns : size, j = p->min_per_row;
     for (int64_t from = 0; from < size; from += run) {
-        const int32_t *x = p->x + first + from;
-        int32_t lowest = p->min_per_row ? (int32_t)smaller(bound, row_bound(x, run, p->min_per_row)) : bound;
-        const int32_t *column_bounds = p->min_per_column ? p->column_bounds : 0;
-        int64_t more = gather(x, run, lowest, column_bounds, from, places + n_found, keys + n_found);
-        if (p->min_per_row) force(keys + n_found, 0, more, p->min_per_row, best);
+        const int32_t *x = p->x + first + from, *bounds = p->min_per_column ? p->column_bounds : 0;
+        int32_t *places = p->places + first + n_found, *keys = p->keys + first + n_found;
+        int32_t needed = j ? row_bound(x, run, j) : INT32_MAX, lowest = (int32_t)smaller(bound, needed);
+        int64_t more = bounds ? gather(x, run, lowest, bounds, from, places) : gather(x, run, lowest, 0, from, places);
+        for (int64_t e = 0; e < more; e++) keys[e] = magnitude(x[places[e] - from]) | UNFORCED;
+        if (j) force(keys, 0, more, j, needed, best);
+        for (int64_t e = 0; bounds && e < more; e++) {
+            int64_t column = places[e] - from;
+            int32_t key = keys[e] & SIGNLESS;
+            int keeps = key > bounds[column] || (key == bounds[column] && (!in_turn || p->column_ties[column]-- > 0));
+            keys[e] &= keeps ? SIGNLESS : -1;
+            n_forced += keeps;
+        }
         n_found += more;
     }
     p->n_found[i] = n_found;
+    return n_forced;
 }
 
-/* Moves the keys and places of all pieces together, and lets the floors of the columns keep theirs. */
+/* Moves the keys and places of all pieces together; returns how many there are. */
 static int64_t join(const projection *p) {
     int64_t total = 0;
     for (int64_t i = 0; i < p->n_pieces; i++) {
@@ -246,25 +259,28 @@ static int64_t join(const projection *p) {
         memmove(p->keys + total, p->keys + i * p->piece, p->n_found[i] * sizeof(int32_t));
         total += p->n_found[i];
     }
-    if (p->min_per_column)
-        for (int64_t e = 0; e < total; e++) {
-            uint32_t column = (uint32_t)p->places[e] % (uint32_t)p->columns;
-            int32_t key = p->keys[e] & SIGNLESS, last = p->column_bounds[column];
-            if (key > last || (key == last && p->column_ties[column]-- > 0)) p->keys[e] = key;
-        }
     return total;
 }
 
-/* Zeros between those entries of piece i that stay. */
-static void clear(const projection *p, int64_t i, int32_t least_kept) {
-    int32_t *x = p->x + i * p->piece;
-    int64_t done = 0, size = smaller(p->piece, p->n - i * p->piece);
-    for (int64_t e = p->starts[i]; e < p->starts[i] + p->n_found[i]; e++)
-        if (p->keys[e] >= least_kept) {
-            memset(x + done, 0, (p->places[e] - done) * sizeof(int32_t));
-            done = p->places[e] + 1;
-        }
-    memset(x + done, 0, (size - done) * sizeof(int32_t));
+/* Writes the entries of piece i that stay, and zeros for the others. */
+static void write_piece(const projection *p, int64_t i, int32_t least_kept) {
+    int32_t *x = p->x + i * p->piece, *keys = p->keys + p->starts[i];
+    const int32_t *places = p->places + p->starts[i];
+    for (int64_t e = 0; e < p->n_found[i]; e++) keys[e] = keys[e] >= least_kept ? x[places[e]] : 0;
+    memset(x, 0, smaller(p->piece, p->n - i * p->piece) * sizeof(int32_t));
+    for (int64_t e = 0; e < p->n_found[i]; e++) x[places[e]] = keys[e];
+}
+
+/* Memory for n integers, kept by the thread up to KEPT of them: the pages of fresh memory cost more than the work. */
+static int32_t *borrow(int64_t n) {
+    static _Thread_local int32_t *kept;
+    static _Thread_local int64_t size;
+    if (n > KEPT) return malloc(n * sizeof(int32_t));
+    if (n > size) {
+        free(kept);
+        kept = malloc((size = n) * sizeof(int32_t));
+    }
+    return kept;
 }
 
 /* Projects n entries, `columns` a row, in place; see `reference.project`. */
@@ -272,36 +288,37 @@ void project(int32_t *x, int64_t n, int64_t columns, int64_t k, int64_t min_per_
              int32_t threads) {
     int64_t piece = min_per_row || min_per_column ? larger(1, PIECE / columns) * columns : PIECE;
     int64_t n_pieces = (n + piece - 1) / piece, n_tiles = min_per_column ? (columns + TILE - 1) / TILE : 0;
-    projection p = {x, 0, 0, 0, 0, n, columns, min_per_row, min_per_column, piece, n_pieces, 0, 0};
-    p.places = malloc(n * sizeof(int32_t)); /* only pages that something is gathered to are ever touched */
-    p.keys = malloc(n * sizeof(int32_t));
-    p.column_bounds = malloc(columns * sizeof(int32_t));
-    p.column_ties = malloc(columns * sizeof(int32_t));
-    p.n_found = malloc(n_pieces * sizeof(int64_t));
-    p.starts = malloc(n_pieces * sizeof(int64_t));
+    int32_t *scratch = borrow(2 * n), *bounds = malloc(2 * columns * sizeof(int32_t));
+    int64_t *found = malloc(2 * n_pieces * sizeof(int64_t));
+    projection p = {
+        .x = x, .places = scratch, .keys = scratch + n, .column_bounds = bounds, .column_ties = bounds + columns,
+        .n = n, .columns = columns, .min_per_row = min_per_row, .min_per_column = min_per_column,
+        .piece = piece, .n_pieces = n_pieces, .n_found = found, .starts = found + n_pieces,
+    };
     int32_t bound = guess(x, n, k, p.keys), least_kept = 0;
+    int64_t due = 0, forced = 0; /* how many the floors of columns should keep, and do */
 #pragma omp parallel num_threads(threads)
     {
         int32_t *best = malloc(larger(min_per_row, min_per_column * TILE) * sizeof(int32_t));
-#pragma omp for schedule(dynamic)
-        for (int64_t tile = 0; tile < n_tiles; tile++) bound_columns(&p, tile, best);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < n_pieces; i++) gather_piece(&p, i, bound, best);
+#pragma omp for schedule(dynamic) reduction(+ : due)
+        for (int64_t tile = 0; tile < n_tiles; tile++) due += bound_columns(&p, tile, best);
+#pragma omp for schedule(dynamic) reduction(+ : forced)
+        for (int64_t i = 0; i < n_pieces; i++) forced += gather_piece(&p, i, bound, 0, best);
 #pragma omp single
         {
             int64_t total = join(&p);
-            if (bound > 1 && count(p.keys, total, bound | UNFORCED) < k) { /* the guess was too high: take all */
-                for (int64_t tile = 0; tile < n_tiles; tile++) bound_columns(&p, tile, best);
-                for (int64_t i = 0; i < n_pieces; i++) gather_piece(&p, i, 1, best);
+            if (forced > due || (bound > 1 && count(p.keys, total, bound | UNFORCED) < k)) {
+                for (int64_t i = 0; i < n_pieces; i++) gather_piece(&p, i, 1, 1, best);
                 total = join(&p);
             }
             least_kept = cut(p.keys, total, k);
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < n_pieces; i++) clear(&p, i, least_kept);
+        for (int64_t i = 0; i < n_pieces; i++) write_piece(&p, i, least_kept);
         free(best);
     }
-    free(p.places), free(p.keys), free(p.column_bounds), free(p.column_ties), free(p.n_found), free(p.starts);
+    free(bounds), free(found);
+    if (2 * n > KEPT) free(scratch);
 }
 
 /* Projects the values of a support in place: rows are `row_offsets`, columns `column_offsets` of to_column_major. */
@@ -312,10 +329,10 @@ void project_support(int32_t *values, const int32_t *row_offsets, const int32_t 
     int32_t *keys = malloc(n * sizeof(int32_t)), *best = malloc(larger(min_per_row, min_per_column) * sizeof(int32_t));
     for (int32_t e = 0; e < n; e++) keys[e] = magnitude(values[e]) | UNFORCED;
     for (int64_t row = 0; min_per_row && row < rows; row++)
-        force(keys + row_offsets[row], 0, row_offsets[row + 1] - row_offsets[row], min_per_row, best);
+        force(keys + row_offsets[row], 0, row_offsets[row + 1] - row_offsets[row], min_per_row, 1, best);
     for (int64_t c = 0; min_per_column && c < columns; c++) {
         int32_t from = column_offsets[c], to = column_offsets[c + 1];
-        force(keys, to_column_major + from, to - from, min_per_column, best);
+        force(keys, to_column_major + from, to - from, min_per_column, 1, best);
     }
     int32_t least_kept = cut(keys, n, k);
     for (int32_t e = 0; e < n; e++) values[e] = keys[e] >= least_kept ? values[e] : 0;
@@ -355,32 +372,35 @@ void order_columns(const int32_t *offsets, const int32_t *indices, int64_t rows,
     free(next);
 }
 
-/* Finds the nonzeros of x (rows, columns): offsets (rows + 1) of their rows, and their columns, those of each piece of
-   rows from the piece's own place in `found` on. */
-void find_nonzeros(const int32_t *x, int64_t rows, int64_t columns, int32_t *offsets, int32_t *found,
-                   int32_t threads) {
-    int64_t piece = larger(1, PIECE / larger(1, columns));
+/* Where the nonzeros of each row of x (rows, columns) begin among all of them: offsets (rows + 1). */
+void count_nonzeros(const int32_t *x, int64_t rows, int64_t columns, int32_t *offsets, int32_t threads) {
     offsets[0] = 0;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t first = 0; first < rows; first += piece) {
-        int32_t *next = found + first * columns;
-        for (int64_t row = first; row < smaller(first + piece, rows); row++) {
-            offsets[row + 1] = (int32_t)gather(x + row * columns, columns, 1, 0, 0, next, 0);
-            next += offsets[row + 1];
-        }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; row++) {
+        const int32_t *in = x + row * columns;
+        int32_t n = 0;
+        for (int64_t c = 0; c < columns; c++) n += (in[c] & SIGNLESS) != 0;
+        offsets[row + 1] = n;
     }
     for (int64_t row = 0; row < rows; row++) offsets[row + 1] += offsets[row];
 }
 
-/* Takes what `find_nonzeros` found together: the columns and values of all rows, in order. */
-void take_nonzeros(const int32_t *x, int64_t rows, int64_t columns, const int32_t *offsets, const int32_t *found,
-                   int32_t *indices, int32_t *values) {
-    int64_t piece = larger(1, PIECE / larger(1, columns));
-    for (int64_t first = 0; first < rows; first += piece) {
-        int64_t end = smaller(first + piece, rows);
-        memcpy(indices + offsets[first], found + first * columns, (offsets[end] - offsets[first]) * sizeof(int32_t));
-        for (int64_t row = first; row < end; row++)
-            for (int32_t e = offsets[row]; e < offsets[row + 1]; e++) values[e] = x[row * columns + indices[e]];
+/* The columns and values of the nonzeros of x, row by row. */
+void take_nonzeros(const int32_t *x, int64_t rows, int64_t columns, const int32_t *offsets, int32_t *indices,
+                   int32_t *values, int32_t threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        int32_t *places = malloc(columns * sizeof(int32_t));
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) {
+            const int32_t *in = x + row * columns;
+            int64_t n = gather(in, columns, 1, 0, 0, places), first = offsets[row];
+            for (int64_t e = 0; e < n; e++) {
+                indices[first + e] = places[e];
+                values[first + e] = in[places[e]];
+            }
+        }
+        free(places);
     }
 }
 
