@@ -1,20 +1,20 @@
 """The CPU path, for float32 and bfloat16: C that is compiled on first use, and what torch and numpy can do without.
 
-AbsTopK and the projection bisect a threshold; the sparse products read channel-major activations. Without a C
-compiler AbsTopK runs on numpy's quickselect and the products on torch's embedding_bag, the study's choice for CPUs,
-which C beats by 1.3 to 2 times (docs/log.md, 2026-11-21).
+AbsTopK bisects a threshold, the projection samples one; the sparse products read channel-major activations. Without a
+C compiler AbsTopK runs on numpy's quickselect, the projection is its definition, and the products run on torch's
+embedding_bag, the study's choice for CPUs, which C beats by 1.3 to 2 times (docs/log.md, 2026-11-21).
 """
-
-import ctypes
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from sparsetrain.kernels.native import library
+from sparsetrain.kernels import reference
+from sparsetrain.kernels.native import call, library
 from sparsetrain.kernels.reference import is_channel_major
-from sparsetrain.kernels.sparse_weight import Order
+from sparsetrain.kernels.sparse_weight import Order, SparseWeight
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 SMALL = 1 << 21  # multiply-adds, or elements, below which a second thread costs more than it brings
@@ -50,21 +50,33 @@ def abs_topk_backward(grad: Tensor, out: Tensor) -> Tensor:
     return in_grad
 
 
-def project(weight: Tensor, k: int, min_per_row: int = 0, min_per_column: int = 0) -> Tensor:
-    """`reference.project`."""
-    if not min_per_row and not min_per_column:
-        return abs_topk(weight.flatten(), k).view_as(weight)
-    kept = torch.zeros_like(weight)
-    if min_per_row:
-        kept = abs_topk(weight, min_per_row)
-    if min_per_column:
-        by_column = abs_topk(weight.t(), min_per_column).t()
-        kept = torch.where(by_column != 0, by_column, kept)
-    n_kept = int(kept.count_nonzero())
-    if n_kept >= k:
-        return abs_topk(kept.flatten(), k).view_as(weight)
-    rest = torch.where(kept != 0, 0, weight)
-    return kept + abs_topk(rest.flatten(), k - n_kept).view_as(weight)
+def project_(weight: Tensor, k: int, min_per_row: int = 0, min_per_column: int = 0) -> None:
+    """`reference.project`, in place."""
+    if library() is None:
+        weight.copy_(reference.project(weight, k, min_per_row, min_per_column))
+    elif weight.dtype != torch.float32 or not weight.is_contiguous():
+        copy = weight.float().contiguous()  # float32 holds every bfloat16, in the same order
+        project_(copy, k, min_per_row, min_per_column)
+        weight.copy_(copy)
+    elif weight.numel():
+        threads = _threads(4 * weight.numel())
+        call("project", weight, weight.numel(), weight.shape[-1], k, min_per_row, min_per_column, threads=threads)
+        increment_version(weight)
+
+
+def project_support_(weight: SparseWeight, k: int, min_per_row: int = 0, min_per_column: int = 0) -> None:
+    """`reference.project_support`, in place."""
+    values = weight.values
+    if library() is None:
+        values.copy_(reference.project_support(weight, k, min_per_row, min_per_column))
+    elif values.dtype != torch.float32 or not values.is_contiguous():
+        copy = weight.with_values(values.float().contiguous())
+        project_support_(copy, k, min_per_row, min_per_column)
+        values.copy_(copy.values)
+    else:
+        orders = (weight.rows.offsets, weight.columns.offsets, weight.to_column_major)
+        call("project_support", values, *orders, *weight.shape, k, min_per_row, min_per_column)
+        increment_version(values)
 
 
 def matmul(x: Tensor, values: Tensor, order: Order, bias: Tensor | None = None) -> Tensor:
@@ -147,12 +159,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None, threads: int) -> None:
-    """Call a C function on contiguous tensors; integers are passed as int64."""
-    passed = [
-        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else None if a is None else ctypes.c_int64(a)
-        for a in arguments
-    ]
-    getattr(library(), f"{name}_{NAMES[dtype]}")(*passed, ctypes.c_int32(threads))
+    call(f"{name}_{NAMES[dtype]}", *arguments, threads=threads)
 
 
 def _threads(work: int) -> int:

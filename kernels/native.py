@@ -11,10 +11,12 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("topk.c", "sparse_linear.c", "dense_gradient.c")
+SOURCES = ("topk.c", "sparse_linear.c", "dense_gradient.c", "sparsify.c")
 # OpenMP's calls are left open and find the runtime that torch has loaded: one pool of threads for both. Where the
 # compiler speaks to another runtime (clang), loading fails and the same code is built without threads.
 FLAG_SETS = (["-fopenmp"], [])
@@ -24,7 +26,7 @@ FLAG_SETS = (["-fopenmp"], [])
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None, with one warning, where they cannot be compiled or loaded."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    slower = "AbsTopK and sparse products run on numpy and torch, several times slower"
+    slower = "AbsTopK, projections and sparse products run on numpy and torch, several times slower"
     if compiler is None:
         log.warning("no C compiler (cc, gcc, clang) found: %s", slower)
         return None
@@ -35,6 +37,15 @@ def library() -> ctypes.CDLL | None:
             detail = getattr(error, "stderr", None) or error
     log.warning("could not compile or load the C kernels: %s: %s", slower, detail)
     return None
+
+
+def call(name: str, *arguments: Tensor | int | None, threads: int | None = None) -> None:
+    """Call a C function on contiguous tensors; integers are passed as int64, and threads, if any, as int32."""
+    passed = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else None if a is None else ctypes.c_int64(a)
+        for a in arguments
+    ]
+    getattr(library(), name)(*passed, *(() if threads is None else (ctypes.c_int32(threads),)))
 
 
 def _compiled(compiler: str, flags: list[str]) -> Path:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -144,8 +145,9 @@ def abs_topk(x: Tensor, k: int, backend: Backend = "auto") -> Tensor:
 
     Source: Gao et al. 2025, A.1. Differs: an entry that is kept at exactly 0 gets no gradient.
     """
-    if not 0 <= k <= x.shape[-1]:
-        raise ValueError(f"k must be in [0, {x.shape[-1]}], the width of x, got {k}")
+    if x.dim() == 0:
+        raise ValueError("x must have a dimension to select along, got a 0-d tensor")
+    _check_count("k", k, x.shape[-1], ", the width of x,")
     chosen = _pick(backend, x, longest=x.shape[-1])
     if k == x.shape[-1]:
         return x
@@ -154,44 +156,50 @@ def abs_topk(x: Tensor, k: int, backend: Backend = "auto") -> Tensor:
 
 @torch.no_grad()
 def project_(
-    weight: Tensor, k: int, min_per_row: int = 0, min_per_column: int = 0, backend: Backend = "auto"
-) -> Tensor:
+    weight: Tensor | SparseWeight, k: int, min_per_row: int = 0, min_per_column: int = 0, backend: Backend = "auto"
+) -> Tensor | SparseWeight:
     """Set all but the k entries greatest in magnitude to zero, in place; see `reference.project`.
 
     Args:
-        weight: (M, K) or (M,).
-        k: entries kept in all, 0 <= k <= numel.
-        min_per_row, min_per_column: entries of each row and column that are kept first, out of the same k.
-        backend: as in `abs_topk`.
+        weight: (M, K), (M,), or a SparseWeight, whose values are projected among themselves: its support stays, and
+            nothing as large as the matrix is built.
+        k: entries kept in all, 0 <= k <= numel, or E for a SparseWeight.
+        min_per_row, min_per_column: entries of each row and column (of those that a SparseWeight stores) that are kept
+            first, out of the same k.
+        backend: as in `abs_topk`; a SparseWeight takes "cpu", "reference" and "auto".
 
     Returns:
         `weight` itself.
 
     Raises:
-        ValueError: k or a floor is out of range, or the backend cannot run.
+        ValueError: k or a floor is out of range or no integer, the backend cannot run, or the values of a
+            SparseWeight are part of a graph.
 
     Source: Gao et al. 2025, A.2.
     """
-    if isinstance(weight, SparseWeight):  # temporary
-        dense = weight.to_dense()
-        weight.values.copy_(
-            project_(dense, k, min_per_row, min_per_column, backend)[weight.row_of_each(), weight.rows.indices.long()]
-        )
-        return weight
-    if not 0 <= k <= weight.numel():
-        raise ValueError(f"k must be in [0, {weight.numel()}], the size of the weight, got {k}")
-    if weight.dim() not in (1, 2):
+    is_sparse = isinstance(weight, SparseWeight)
+    values = weight.values if is_sparse else weight
+    if len(weight.shape) not in (1, 2):
         raise ValueError(f"weight must be a matrix or a vector, got shape {tuple(weight.shape)}")
-    for name, floor, size in (("row", min_per_row, weight.shape[-1]), ("column", min_per_column, weight.shape[0])):
-        if not 0 <= floor <= size or (floor and weight.dim() == 1):
-            raise ValueError(
-                f"min_per_{name} must be in [0, {size if weight.dim() == 2 else 0}] for a weight of shape "
-                f"{tuple(weight.shape)}, got {floor}"
-            )
-    chosen = _pick(backend, weight, longest=max(weight.shape) if min_per_row or min_per_column else 0)
-    if k == weight.numel():
+    if is_sparse and values.grad_fn is not None:
+        raise ValueError("values of weight must not be part of a graph, for they are changed in place; detach them")
+    _check_count("k", k, values.numel(), ", the nonzeros of the weight," if is_sparse else ", the size of the weight,")
+    is_matrix = len(weight.shape) == 2
+    where = f" for a weight of shape {tuple(weight.shape)},"
+    _check_count("min_per_row", min_per_row, weight.shape[-1] if is_matrix else 0, where)
+    _check_count("min_per_column", min_per_column, weight.shape[0] if is_matrix else 0, where)
+    longest = max(weight.shape) if min_per_row or min_per_column else 0
+    chosen = _pick(backend, values, BACKENDS[:3] if is_sparse else BACKENDS, longest)
+    if k == values.numel():
         return weight
-    return weight.copy_(_module(chosen, "project").project(weight, k, min_per_row, min_per_column))
+    budget = (k, min_per_row, min_per_column)
+    if chosen == "cpu":
+        (cpu.project_support_ if is_sparse else cpu.project_)(weight, *budget)
+    elif is_sparse:
+        values.copy_(reference.project_support(weight, *budget))
+    else:
+        weight.copy_(_module(chosen, "project").project(weight, *budget))
+    return weight
 
 
 def sparse_pays(
@@ -222,6 +230,13 @@ def designs(x: Tensor, weight: SparseWeight) -> list[str]:
     tokens = _block_tokens(x)
     fits = all(slabs.suits(x.dtype, channels, tokens) for channels in weight.shape)
     return list(DESIGNS if fits else DESIGNS[:1])
+
+
+def _check_count(name: str, count: int, most: int, what: str) -> None:
+    if not isinstance(count, Integral):
+        raise ValueError(f"{name} must be an integer, got {count!r}")
+    if not 0 <= count <= most:
+        raise ValueError(f"{name} must be in [0, {most}]{what} got {count}")
 
 
 def _check_linear(

@@ -66,11 +66,38 @@ def project(weight: Tensor, k: int, min_per_row: int = 0, min_per_column: int = 
     if min_per_column:
         forced |= _top_mask(weight.t(), min_per_column).t()
     forced &= weight != 0  # a row of fewer nonzeros leaves its room to the others
-    by_size = _descending(weight.flatten())
-    order = by_size[(~forced.flatten()[by_size]).argsort(stable=True)]  # forced entries first, each part by size
-    kept = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+    return _keep(weight.flatten(), forced.flatten(), k).view(weight.shape)
+
+
+def project_support(weight: SparseWeight, k: int, min_per_row: int = 0, min_per_column: int = 0) -> Tensor:
+    """`project` for the values of a sparse weight, with the floors held among the entries it stores.
+
+    Args:
+        weight: (M, K).
+        k: values kept in all, 0 <= k <= E.
+        min_per_row: the this-many greatest stored entries of each row are kept first, out of the same k.
+        min_per_column: the same for columns. Where the floors together exceed k, the greatest of the floors win.
+
+    Returns:
+        (E,) the values, all but k of them zero. Ties go to the first in row-major order.
+    """
+    forced = torch.zeros_like(weight.values, dtype=torch.bool)
+    lines = (weight.rows, weight.row_of_each(), min_per_row), (weight.columns, weight.rows.indices, min_per_column)
+    by_size = _descending(weight.values)
+    for order, line, n_least in lines:
+        by_line = by_size[line[by_size].argsort(stable=True)]  # line by line, each by size
+        rank = torch.arange(weight.n_nonzero, device=line.device) - order.offsets[line[by_line].long()]
+        forced[by_line[rank < n_least]] = True
+    return _keep(weight.values, forced & (weight.values != 0), k)
+
+
+def _keep(x: Tensor, forced: Tensor, k: int) -> Tensor:
+    """x (N,) with all but k entries zero: those that are forced are kept first, then the greatest."""
+    by_size = _descending(x)
+    order = by_size[(~forced[by_size]).argsort(stable=True)]  # forced entries first, each part by size
+    kept = torch.zeros_like(forced)
     kept[order[:k]] = True
-    return torch.where(kept.view(weight.shape), weight, 0)
+    return torch.where(kept, x, 0)
 
 
 def _top_mask(x: Tensor, k: int) -> Tensor:

@@ -5,7 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparsetrain.kernels.native import call, library
+
 LARGEST = 2**31 - 1  # offsets and indices are int32: half the bytes of int64, which every kernel reads
+SMALL = 1 << 20  # entries of a matrix that one thread searches sooner than two
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +28,9 @@ class Order:
     @property
     def n_lines(self) -> int:
         return self.by_length.numel()
+
+    def to(self, device: torch.device | str) -> "Order":
+        return Order(self.offsets.to(device), self.indices.to(device), self.by_length.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +62,11 @@ class SparseWeight:
         """
         if weight.dim() != 2 or not weight.is_floating_point():
             raise ValueError(f"weight must be a matrix of floats, got {weight.dtype} of shape {tuple(weight.shape)}")
-        row, column = weight.detach().nonzero(as_tuple=True)
-        return cls._build(tuple(weight.shape), weight[row, column], row, column)
+        values, columns, offsets = (_nonzeros_c if _takes_c(weight) else _nonzeros)(weight.detach())
+        made = cls._build(tuple(weight.shape), values, columns, offsets)
+        if weight.requires_grad:
+            made = made.with_values(weight[made.row_of_each(), columns.long()])
+        return made
 
     @classmethod
     def from_rows(cls, shape: tuple[int, int], values: Tensor, columns: Tensor, offsets: Tensor) -> "SparseWeight":
@@ -73,26 +82,17 @@ class SparseWeight:
             ValueError: names everything that does not hold.
         """
         _check_rows(shape, values, columns, offsets)
-        lengths = offsets.long().diff()
-        row = torch.repeat_interleave(torch.arange(shape[0], device=values.device), lengths)
-        return cls._build(tuple(shape), values, row, columns.long())
+        return cls._build(tuple(shape), values, columns, offsets)
 
     @classmethod
-    def _build(cls, shape: tuple[int, int], values: Tensor, row: Tensor, column: Tensor) -> "SparseWeight":
+    def _build(cls, shape: tuple[int, int], values: Tensor, columns: Tensor, offsets: Tensor) -> "SparseWeight":
         if values.numel() > LARGEST or max(shape) > LARGEST:
             raise ValueError(
                 f"weight must have fewer than 2^31 nonzeros, rows and columns, got {values.numel()} {shape}"
             )
         if not bool(values.detach().isfinite().all()):
             raise ValueError(f"values must be finite, got {int((~values.detach().isfinite()).sum())} that are not")
-        to_column_major = column.argsort(stable=True)
-        return cls(
-            shape=shape,
-            values=values,
-            rows=_order(row, column, shape[0]),
-            columns=_order(column[to_column_major], row[to_column_major], shape[1]),
-            to_column_major=to_column_major.int(),
-        )
+        return cls(shape, values, *_orders(shape, columns.int().contiguous(), offsets.int().contiguous()))
 
     def with_values(self, values: Tensor) -> "SparseWeight":
         """The same support with other values (E,); nothing is copied.
@@ -110,11 +110,38 @@ class SparseWeight:
             )
         return replace(self, values=values)
 
-    def nonzero(self) -> tuple["SparseWeight", Tensor]:
-        """The entries whose value is not zero as a weight of their own, and their places (E',) in `values`."""
-        at = self.values.detach().nonzero().squeeze(-1)
-        row, column = self.row_of_each()[at], self.rows.indices.long()[at]
-        return type(self)._build(self.shape, self.values[at], row, column), at.int()
+    def to(self, device: torch.device | str) -> "SparseWeight":
+        """The same weight on a device, itself if it is there; a gradient of the values passes."""
+        values = self.values.to(device)
+        if values is self.values:
+            return self
+        moved = (self.rows.to(device), self.columns.to(device), self.to_column_major.to(device))
+        return SparseWeight(self.shape, values, *moved)
+
+    def without_zeros(self) -> tuple["SparseWeight", Tensor]:
+        """Drop the stored entries whose value is exactly zero, without writing the matrix out.
+
+        Returns:
+            The others as a weight of their own, whose values pass their gradient to these, and their positions (E',)
+            int32 in `values`, ascending. Whether the values are finite is not checked again.
+        """
+        values, rows = self.values.detach(), self.rows
+        if _takes_c(values):
+            offsets, places = torch.empty_like(rows.offsets), torch.empty_like(rows.indices)
+            call("drop_zeros", values.contiguous(), rows.offsets, self.shape[0], offsets, places)
+            places = places[: int(offsets[-1])].clone()
+            orders = _orders_c(self.shape, rows.indices.index_select(0, places), offsets)
+        else:
+            kept = values != 0
+            places = kept.nonzero().flatten().int()
+            new = _offsets(kept)  # the place of each entry among those that are kept
+            in_columns = kept[self.to_column_major]
+            orders = (
+                _order(new[rows.offsets], rows.indices[kept]),
+                _order(new[self.columns.offsets], self.columns.indices[in_columns]),
+                new[self.to_column_major[in_columns]],
+            )
+        return SparseWeight(self.shape, self.values.index_select(0, places), *orders), places
 
     def to_dense(self) -> Tensor:
         """The matrix (M, K), in the type of `values` and differentiable in them."""
@@ -143,12 +170,57 @@ class SparseWeight:
         return f"SparseWeight({m} x {k}, {self.n_nonzero} nonzeros, density {self.density:.3%}, {kind})"
 
 
-def _order(line: Tensor, index: Tensor, n_lines: int) -> Order:
-    """Compress nonzeros that are sorted by line already."""
-    lengths = torch.bincount(line, minlength=n_lines)
-    offsets = torch.zeros(n_lines + 1, dtype=torch.int32, device=line.device)
+def _takes_c(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() <= LARGEST and library() is not None
+
+
+def _nonzeros(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compressed rows (CSR): values, columns and offsets of what is not zero in `weight`."""
+    row, column = weight.nonzero(as_tuple=True)
+    return weight[row, column], column, _offsets(torch.bincount(row, minlength=weight.shape[0]))
+
+
+def _nonzeros_c(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    weight = weight.contiguous()
+    offsets = torch.empty(weight.shape[0] + 1, dtype=torch.int32)
+    threads = torch.get_num_threads() if weight.numel() > SMALL else 1
+    call("count_nonzeros", weight, *weight.shape, offsets, threads=threads)
+    columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
+    values = torch.empty(columns.shape)
+    call("take_nonzeros", weight, *weight.shape, offsets, columns, values, threads=threads)
+    return values, columns, offsets
+
+
+def _orders(shape: tuple[int, int], columns: Tensor, offsets: Tensor) -> tuple[Order, Order, Tensor]:
+    """Both orders of nonzeros that are compressed by rows, and what leads from one to the other."""
+    if columns.device.type == "cpu" and library() is not None:
+        return _orders_c(shape, columns, offsets)
+    rows = torch.arange(shape[0], device=offsets.device).repeat_interleave(offsets.diff(), output_size=columns.numel())
+    to_column_major = columns.argsort(stable=True)
+    by_column = _offsets(torch.bincount(columns, minlength=shape[1]))
+    return _order(offsets, columns), _order(by_column, rows[to_column_major].int()), to_column_major.int()
+
+
+def _orders_c(shape: tuple[int, int], columns: Tensor, offsets: Tensor) -> tuple[Order, Order, Tensor]:
+    rows = Order(offsets, columns, torch.empty(shape[0], dtype=torch.int32))
+    by_column = Order(*(torch.empty(n, dtype=torch.int32) for n in (shape[1] + 1, columns.numel(), shape[1])))
+    to_column_major = torch.empty_like(columns)
+    call(
+        "order_columns", offsets, columns, *shape, rows.by_length, by_column.offsets, by_column.indices,
+        by_column.by_length, to_column_major,
+    )  # fmt: skip
+    return rows, by_column, to_column_major
+
+
+def _order(offsets: Tensor, indices: Tensor) -> Order:
+    return Order(offsets, indices, offsets.diff().argsort(descending=True, stable=True).int())
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    """(n + 1,) int32: where each of n lines of these lengths begins, and where the last ends."""
+    offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int32, device=lengths.device)
     offsets[1:] = lengths.cumsum(0)
-    return Order(offsets, index.int(), lengths.argsort(descending=True, stable=True).int())
+    return offsets
 
 
 def _check_rows(shape: tuple[int, int], values: Tensor, columns: Tensor, offsets: Tensor) -> None:

@@ -58,7 +58,7 @@ class Linear(nn.Linear):
             ValueError: the weight is not finite.
         """
         if self.candidates is not None:
-            self.active = self.held().nonzero()[0]
+            self.active = self.held().without_zeros()[0]
         else:
             self.active = SparseWeight.from_dense(self.weight.data) if sparse else None
 
