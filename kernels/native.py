@@ -14,7 +14,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("topk.c", "sparse_linear.c")
+SOURCES = ("topk.c", "tiles.c", "sparse_linear.c")
 # OpenMP's calls are left open and find the runtime that torch has loaded: one pool of threads for both. Where the
 # compiler speaks to another runtime (clang), loading fails and the same code is built without threads.
 FLAG_SETS = (["-fopenmp"], [])
@@ -47,7 +47,7 @@ def _compiled(compiler: str, flags: list[str]) -> Path:
             for source, made in zip(SOURCES, objects, strict=True):
                 _call(compiler, "-O3", "-march=native", "-fPIC", *flags, "-c", str(FOLDER / source), "-o", made)
             whole = str(Path(folder) / "whole.so")
-            _call(compiler, "-shared", *objects, "-o", whole)
+            _call(compiler, "-shared", *objects, "-lm", "-o", whole)
             os.replace(whole, binary)
     return binary
 
