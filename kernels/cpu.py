@@ -5,6 +5,8 @@ C compiler AbsTopK runs on numpy's quickselect, the projection is its definition
 embedding_bag, the study's choice for CPUs, which C beats by 1.3 to 2 times (docs/log.md, 2026-11-21).
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from sparsetrain.kernels.reference import is_channel_major
 from sparsetrain.kernels.sparse_weight import Order, SparseWeight
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+BEFORE = ("nothing", "norm", "gelu", "relu")  # what tiles.c does before AbsTopK, in its order
 SMALL = 1 << 21  # multiply-adds, or elements, below which a second thread costs more than it brings
 DENSE_ENOUGH = 0.4  # share of nonzeros from which a dense product makes the gradient of a weight faster
 
@@ -24,19 +27,19 @@ DENSE_ENOUGH = 0.4  # share of nonzeros from which a dense product makes the gra
 def abs_topk(x: Tensor, k: int) -> Tensor:
     """`reference.abs_topk` without its gradient. The result has the layout of x, token-major or channel-major."""
     if library() is None:
-        return _abs_topk_numpy(x, k)
-    down = is_channel_major(x)
-    x = x if down else x.contiguous()
+        return _laid_out_as(x, _abs_topk_numpy(x, k))
+    x = _dense(x)
     out = torch.empty_like(x)
-    width = x.shape[-1]
     if not x.numel():
         return out
-    threads = _threads(16 * x.numel())  # a bisection reads x this many times, more or less
-    if down:
-        tokens = x.shape[-2]
-        _call("abs_topk_down", x.dtype, x, out, x.numel() // (width * tokens), width, tokens, k, threads=threads)
+    if not is_channel_major(x):
+        width = x.shape[-1]
+        _call("abs_topk", x.dtype, x, out, x.numel() // width, width, k, threads=_threads(16 * x.numel()))
+    elif x.dtype == torch.float32:
+        _tile_topk("nothing", x, out, k)
     else:
-        _call("abs_topk", x.dtype, x, out, x.numel() // width, width, k, threads=threads)
+        *blocks, tokens, width = x.shape
+        _call("abs_topk_down", x.dtype, x, out, math.prod(blocks), width, tokens, k, threads=_threads(16 * x.numel()))
     return out
 
 
@@ -44,7 +47,7 @@ def abs_topk_backward(grad: Tensor, out: Tensor) -> Tensor:
     """The gradient of `abs_topk` at its input, from its output, in the layout of the output."""
     if library() is None:
         return torch.where(out != 0, grad, 0)
-    grad = grad.mT.contiguous().mT if is_channel_major(out) else grad.contiguous()
+    grad = _laid_out_as(out, grad)
     in_grad = torch.empty_like(grad)
     _call("abs_topk_backward", grad.dtype, grad, out, in_grad, grad.numel(), threads=_threads(grad.numel()))
     return in_grad
@@ -77,6 +80,111 @@ def project_support_(weight: SparseWeight, k: int, min_per_row: int = 0, min_per
         orders = (weight.rows.offsets, weight.columns.offsets, weight.to_column_major)
         call("project_support", values, *orders, *weight.shape, k, min_per_row, min_per_column)
         increment_version(values)
+
+
+def norm_abs_topk(x: Tensor, gain: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor]:
+    """`reference.norm_abs_topk` of float32 without its gradient, and what each token was multiplied by.
+
+    Returns:
+        (..., D) in the layout of x, and (...): the reciprocal of each token's root mean square.
+    """
+    if library() is None:
+        scales = (x.square().mean(-1) + eps).rsqrt()
+        y = x * scales[..., None] * gain
+        return (y if k == x.shape[-1] else abs_topk(y, k)), scales
+    x = _dense(x)
+    out, scales = torch.empty_like(x), x.new_empty(x.shape[:-1])
+    _tile_topk("norm", x, out, k, gain.contiguous(), scales, eps)
+    return out, scales
+
+
+def norm_abs_topk_backward(
+    grad: Tensor, x: Tensor, gain: Tensor, scales: Tensor, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `norm_abs_topk` at x and gain; `out` is its output, or None where all of it was kept."""
+    if library() is None:
+        grad = grad if out is None else torch.where(out != 0, grad, 0)
+        normed = x * scales[..., None]
+        along = (grad * gain * normed).mean(-1, keepdim=True)
+        return (grad * gain - normed * along) * scales[..., None], (grad * normed).reshape(-1, gain.numel()).sum(0)
+    x = _dense(x)
+    grad = _laid_out_as(x, grad)
+    x_grad, gain_grad = torch.empty_like(x), torch.zeros_like(gain)
+    if x.numel():
+        _call(
+            "norm_abs_topk_backward", x.dtype, grad, x, gain.contiguous(), scales, out, x_grad, gain_grad,
+            *_tile_sizes(x), threads=_threads(8 * x.numel()),
+        )  # fmt: skip
+    return x_grad, gain_grad
+
+
+def act_abs_topk(x: Tensor, k: int, activation: str) -> Tensor:
+    """`reference.act_abs_topk` of float32 without its gradient, in the layout of x."""
+    if library() is None:
+        y = F.gelu(x) if activation == "gelu" else F.relu(x)
+        return y if k == x.shape[-1] else abs_topk(y, k)
+    x = _dense(x)
+    out = torch.empty_like(x)
+    _tile_topk(activation, x, out, k)
+    return out
+
+
+def gelu_abs_topk_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """The gradient of `act_abs_topk` with "gelu" at x, from x and its output, in the layout of the output."""
+    if library() is None:
+        return torch.ops.aten.gelu_backward(torch.where(out != 0, grad, 0), x)
+    grad, x = _laid_out_as(out, grad), _laid_out_as(out, x)
+    x_grad = torch.empty_like(grad)
+    sizes = (grad, x, out, x_grad, grad.numel())
+    _call("gelu_abs_topk_backward", x.dtype, *sizes, threads=_threads(8 * grad.numel()))
+    return x_grad
+
+
+def next_token_loss(
+    logits: Tensor, table: Tensor | None, tokens: Tensor, targets: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """`reference.next_token_loss` of float32, and its gradient at the logits, which costs little more.
+
+    Returns:
+        0-d, and (B, T, V) in the layout of the logits; empty if there shall be no gradient.
+
+    Raises:
+        ValueError: a token or target is not in [0, V).
+    """
+    vocab = logits.shape[-1]
+    for name, ids in (("tokens", tokens), ("targets", targets)):
+        least, most = ids.aminmax()
+        if least < 0 or most >= vocab:
+            raise ValueError(f"{name} must be in [0, {vocab}), the width of the logits, got {least} to {most}")
+    if library() is None:
+        return _next_token_loss_torch(logits, table, tokens, targets, with_gradient)
+    logits = _dense(logits)
+    losses = logits.new_empty(tokens.shape)
+    gradient = torch.empty_like(logits) if with_gradient else None
+    table = None if table is None else table.contiguous()
+    blocks, width, n_tokens, step, stride = _tile_sizes(logits)
+    _call(
+        "next_token_loss", logits.dtype, logits, table, tokens.contiguous(), targets.contiguous(), losses, gradient,
+        blocks, width, n_tokens, step, stride, threads=_threads(8 * logits.numel()),
+    )  # fmt: skip
+    return _mean(losses), logits.new_empty(0) if gradient is None else gradient
+
+
+def table_gradient(gradient: Tensor, tokens: Tensor) -> Tensor:
+    """The gradient of `next_token_loss` at the table (V, V), from that at the logits (B, T, V).
+
+    Each entry is summed over the tokens in their order, whatever the number of threads.
+    """
+    vocab = gradient.shape[-1]
+    if library() is None:
+        return gradient.new_zeros(vocab, vocab).index_add_(0, tokens.flatten(), gradient.flatten(0, -2))
+    gradient = _dense(gradient)
+    table_grad = gradient.new_empty(vocab, vocab)
+    _call(
+        "table_gradient", gradient.dtype, gradient, tokens.contiguous(), table_grad, *_tile_sizes(gradient),
+        threads=_threads(8 * gradient.numel()),
+    )  # fmt: skip
+    return table_grad
 
 
 def matmul(x: Tensor, values: Tensor, order: Order, bias: Tensor | None = None) -> Tensor:
@@ -158,12 +266,64 @@ def transposed(x: Tensor) -> Tensor:
     return y
 
 
+def _dense(x: Tensor) -> Tensor:
+    """x, or a token-major copy of what is neither token-major nor channel-major."""
+    return x if is_channel_major(x) else x.contiguous()
+
+
+def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
+    """x in the layout of `like`, channel-major or token-major; a copy if it has another."""
+    return x.mT.contiguous().mT if is_channel_major(like) else x.contiguous()
+
+
+def _tile_sizes(x: Tensor) -> tuple[int, int, int, int, int]:
+    """Blocks, channels and tokens of x, how far apart its channels lie, and how far its tokens."""
+    width = x.shape[-1]
+    if is_channel_major(x):
+        tokens = x.shape[-2]
+        return x.numel() // (width * tokens), width, tokens, tokens, 1
+    return 1, width, x.numel() // width, 1, width
+
+
+def _tile_topk(
+    before: str,
+    x: Tensor,
+    out: Tensor,
+    k: int,
+    gain: Tensor | None = None,
+    scales: Tensor | None = None,
+    eps: float = 0,
+) -> None:  # fmt: skip
+    """Write AbsTopK of what `before` names into `out`."""
+    if x.numel():
+        threads = _threads(16 * x.numel())  # reads x about this many times
+        sizes = _tile_sizes(x)
+        _call("tile_topk", x.dtype, x, out, gain, scales, BEFORE.index(before), *sizes, k, eps, threads=threads)
+
+
+def _mean(losses: Tensor) -> Tensor:
+    """Summed row by row, since torch splits a full sum by thread."""
+    return losses.double().sum(-1).sum(-1).div(losses.numel()).to(losses.dtype)
+
+
 def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None, threads: int) -> None:
     call(f"{name}_{NAMES[dtype]}", *arguments, threads=threads)
 
 
 def _threads(work: int) -> int:
     return torch.get_num_threads() if work > SMALL else 1
+
+
+def _next_token_loss_torch(
+    logits: Tensor, table: Tensor | None, tokens: Tensor, targets: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    y = logits if table is None else logits + F.embedding(tokens, table)
+    log_p = y.log_softmax(-1)
+    loss = _mean(-log_p.gather(-1, targets[..., None]).squeeze(-1))
+    if not with_gradient:
+        return loss, logits.new_empty(0)
+    gradient = log_p.exp_().scatter_add_(-1, targets[..., None], -torch.ones_like(targets[..., None], dtype=y.dtype))
+    return loss, _laid_out_as(logits, gradient.div_(targets.numel()))
 
 
 def _matmul_bags(x: Tensor, values: Tensor, order: Order, bias: Tensor | None) -> Tensor:

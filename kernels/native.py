@@ -16,7 +16,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("topk.c", "sparse_linear.c", "dense_gradient.c", "sparsify.c")
+SOURCES = ("topk.c", "tiles.c", "sparse_linear.c", "dense_gradient.c", "sparsify.c")
 # OpenMP's calls are left open and find the runtime that torch has loaded: one pool of threads for both. Where the
 # compiler speaks to another runtime (clang), loading fails and the same code is built without threads.
 FLAG_SETS = (["-fopenmp"], [])
@@ -39,13 +39,18 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def call(name: str, *arguments: Tensor | int | None, threads: int | None = None) -> None:
-    """Call a C function on contiguous tensors; integers are passed as int64, and threads, if any, as int32."""
-    passed = [
-        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else None if a is None else ctypes.c_int64(a)
-        for a in arguments
-    ]
+def call(name: str, *arguments: Tensor | int | float | None, threads: int | None = None) -> None:
+    """Call a C function on contiguous tensors; an int is passed as int64, a float as double, threads as int32."""
+    passed = [_passed(a) for a in arguments]
     getattr(library(), name)(*passed, *(() if threads is None else (ctypes.c_int32(threads),)))
+
+
+def _passed(argument: Tensor | int | float | None):
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if argument is None:
+        return None
+    return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
 def _compiled(compiler: str, flags: list[str]) -> Path:
@@ -58,7 +63,7 @@ def _compiled(compiler: str, flags: list[str]) -> Path:
             for source, made in zip(SOURCES, objects, strict=True):
                 _call(compiler, "-O3", "-march=native", "-fPIC", *flags, "-c", str(FOLDER / source), "-o", made)
             whole = str(Path(folder) / "whole.so")
-            _call(compiler, "-shared", *objects, "-o", whole)
+            _call(compiler, "-shared", *objects, "-lm", "-o", whole)
             os.replace(whole, binary)
     return binary
 

@@ -23,10 +23,12 @@ from sparsetrain.kernels import costs, cpu, reference
 from sparsetrain.kernels.sparse_weight import Order, SparseWeight
 
 Backend = Literal["auto", "reference", "cpu", "triton", "triton rows", "triton slabs"]
+Activation = Literal["gelu", "relu"]
 BACKENDS = ("auto", "reference", "cpu", "triton")
 DESIGNS = ("triton rows", "triton slabs")  # of sparse products; "triton" takes the one that should be faster
 BLOCK = {"cpu": 128, "cuda": 1024}  # tokens of a block that token-major activations are converted to
 WIDEST = 32768  # entries of a row that Triton's selection holds in registers
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 log = logging.getLogger(__name__)
@@ -145,13 +147,104 @@ def abs_topk(x: Tensor, k: int, backend: Backend = "auto") -> Tensor:
 
     Source: Gao et al. 2025, A.1. Differs: an entry that is kept at exactly 0 gets no gradient.
     """
-    if x.dim() == 0:
-        raise ValueError("x must have a dimension to select along, got a 0-d tensor")
-    _check_count("k", k, x.shape[-1], ", the width of x,")
+    _check_k(x, k)
     chosen = _pick(backend, x, longest=x.shape[-1])
     if k == x.shape[-1]:
         return x
     return reference.abs_topk(x, k) if chosen == "reference" else _abs_topk(x, k, chosen)
+
+
+def norm_abs_topk(x: Tensor, gain: Tensor, eps: float, k: int, backend: Backend = "auto") -> Tensor:
+    """RMSNorm over the last dimension, then AbsTopK.
+
+    Args:
+        x: (..., D).
+        gain: (D,), on the device of x.
+        eps: added to the mean of the squares.
+        k: entries kept, 0 <= k <= D; D keeps all.
+        backend: as in `abs_topk`. On a CPU float32 is fused; other types and devices take torch's norm first.
+
+    Returns:
+        (..., D) in the layout of x, differentiable in x and gain: the gradient passes where the output is not zero,
+        or everywhere for k = D.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or the backend cannot run.
+
+    Source: Gao et al. 2025, A.1.
+    """
+    _check_k(x, k)
+    if tuple(gain.shape) != (x.shape[-1],) or gain.device != x.device:
+        raise ValueError(
+            f"gain must have shape ({x.shape[-1]},) on {x.device}, as the channels of x, got {tuple(gain.shape)} on "
+            f"{gain.device}"
+        )
+    chosen = _pick(backend, x, longest=x.shape[-1])
+    if chosen == "reference":
+        return reference.norm_abs_topk(x, gain, eps, k)
+    if chosen == "cpu" and x.dtype == gain.dtype == torch.float32:
+        return _NormAbsTopk.apply(x, gain, eps, k)
+    return abs_topk(F.rms_norm(x, gain.shape, gain, eps), k, chosen)
+
+
+def act_abs_topk(x: Tensor, k: int, activation: Activation, backend: Backend = "auto") -> Tensor:
+    """An activation function, then AbsTopK.
+
+    Args:
+        x: (..., D).
+        k: entries kept, 0 <= k <= D; D keeps all.
+        activation: "gelu" (exact, with the error function) or "relu".
+        backend: as in `abs_topk`. On a CPU float32 is fused; other types and devices take torch's activation first.
+
+    Returns:
+        (..., D) in the layout of x, differentiable: the gradient passes where the output is not zero, or everywhere
+        for k = D.
+
+    Raises:
+        ValueError: k is out of range, the activation is unknown, or the backend cannot run.
+
+    Source: Gao et al. 2025, A.1.
+    """
+    _check_k(x, k)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    chosen = _pick(backend, x, longest=x.shape[-1])
+    if chosen == "reference":
+        return reference.act_abs_topk(x, k, activation)
+    if chosen == "cpu" and x.dtype == torch.float32 and k < x.shape[-1]:
+        return _ActAbsTopk.apply(x, k, activation)
+    return abs_topk(ACTIVATIONS[activation](x), k, chosen)
+
+
+def next_token_loss(
+    logits: Tensor, table: Tensor | None, tokens: Tensor, targets: Tensor, backend: Backend = "auto"
+) -> Tensor:
+    """Mean cross-entropy, in nats, of logits + table[tokens]; outside autocast, in float32 or float64.
+
+    Args:
+        logits: (B, T, V). Channel-major is faster.
+        table: (V, V), to each current token what it adds to the logits (the bigram table), or None.
+        tokens: (B, T) int64, the current tokens. targets: (B, T) int64, the next ones.
+        backend: "cpu", "reference", or "auto", which takes "cpu" for what is on a CPU and not float64.
+
+    Returns:
+        0-d, differentiable in logits and table. With "cpu" the gradient of the logits is written along with the loss,
+        in place of a second tensor of their size, and the table's is summed in the order of the tokens.
+
+    Raises:
+        ValueError: shapes, types or devices do not fit, a token is not in [0, V), or the backend cannot run.
+
+    Source: Gao et al. 2025, A.1 (the dense bigram table).
+    """
+    _check_loss(logits, table, tokens, targets)
+    chosen = _pick(backend, logits, ("auto", "reference", "cpu"))
+    with torch.autocast(logits.device.type, enabled=False):
+        if chosen != "cpu":
+            return reference.next_token_loss(logits, table, tokens, targets)
+        logits, table = logits.float(), None if table is None else table.float()
+        if torch.is_grad_enabled() and (logits.requires_grad or (table is not None and table.requires_grad)):
+            return _NextTokenLoss.apply(logits, table, tokens, targets)
+        return _next_token_loss(logits, table, tokens, targets, False)[0]
 
 
 @torch.no_grad()
@@ -237,6 +330,32 @@ def _check_count(name: str, count: int, most: int, what: str) -> None:
         raise ValueError(f"{name} must be an integer, got {count!r}")
     if not 0 <= count <= most:
         raise ValueError(f"{name} must be in [0, {most}]{what} got {count}")
+
+
+def _check_k(x: Tensor, k: int) -> None:
+    if x.dim() == 0:
+        raise ValueError("x must have a dimension to select along, got a 0-d tensor")
+    _check_count("k", k, x.shape[-1], ", the width of x,")
+
+
+def _check_loss(logits: Tensor, table: Tensor | None, tokens: Tensor, targets: Tensor) -> None:
+    problems = []
+    if logits.dim() != 3 or not logits.is_floating_point() or not logits.numel():
+        problems.append(f"logits must hold floats (B, T, V), got {logits.dtype} of shape {tuple(logits.shape)}")
+    vocab = logits.shape[-1] if logits.dim() else 0
+    if table is not None and (tuple(table.shape) != (vocab, vocab) or table.device != logits.device):
+        problems.append(
+            f"table must have shape ({vocab}, {vocab}) on {logits.device}, as the logits, got {tuple(table.shape)} on "
+            f"{table.device}"
+        )
+    for name, ids in (("tokens", tokens), ("targets", targets)):
+        if ids.shape != logits.shape[:-1] or ids.dtype != torch.int64 or ids.device != logits.device:
+            problems.append(
+                f"{name} must be int64 of shape {tuple(logits.shape[:-1])} on {logits.device}, got {ids.dtype} of "
+                f"shape {tuple(ids.shape)} on {ids.device}"
+            )
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _check_linear(
@@ -516,3 +635,117 @@ def _topk_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 _abs_topk.register_autograd(_topk_backward, setup_context=_keep_output)
+
+
+class _NormAbsTopk(torch.autograd.Function):
+    """Keeps x, a number per token, and its output, which what follows keeps anyway: no tensor of its own."""
+
+    @staticmethod
+    def forward(ctx, x, gain, eps, k):
+        out, scales = _norm_abs_topk(x, gain, eps, k)
+        ctx.save_for_backward(x, gain, scales, out if k < x.shape[-1] else None)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *_norm_abs_topk_backward(grad, *ctx.saved_tensors), None, None
+
+
+class _ActAbsTopk(torch.autograd.Function):
+    """Keeps its output, and for gelu x."""
+
+    @staticmethod
+    def forward(ctx, x, k, activation):
+        out = _act_abs_topk(x, k, activation)
+        ctx.save_for_backward(out, x if activation == "gelu" else None)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        out, x = ctx.saved_tensors
+        if x is None:
+            return _abs_topk_backward(grad, out, "cpu"), None, None
+        return _gelu_abs_topk_backward(grad, x, out), None, None
+
+
+class _NextTokenLoss(torch.autograd.Function):
+    """Keeps the gradient of the logits, written when the loss was computed, and not the logits."""
+
+    @staticmethod
+    def forward(ctx, logits, table, tokens, targets):
+        loss, gradient = _next_token_loss(logits, table, tokens, targets, True)
+        ctx.save_for_backward(gradient, tokens)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradient, tokens = ctx.saved_tensors
+        table_grad = _table_gradient(gradient, tokens) if ctx.needs_input_grad[1] else None
+        # Most often the loss is what backward starts from: no pass over the logits then.
+        if torch.compiler.is_compiling() or grad != 1:
+            gradient, table_grad = gradient * grad, None if table_grad is None else table_grad * grad
+        return gradient, table_grad, None, None
+
+
+@torch.library.custom_op("sparsetrain::norm_abs_topk", mutates_args=())
+def _norm_abs_topk(x: Tensor, gain: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor]:
+    return cpu.norm_abs_topk(x, gain, eps, k)
+
+
+@_norm_abs_topk.register_fake
+def _(x, gain, eps, k):
+    return _laid_out_as(x), x.new_empty(x.shape[:-1])
+
+
+@torch.library.custom_op("sparsetrain::norm_abs_topk_backward", mutates_args=())
+def _norm_abs_topk_backward(
+    grad: Tensor, x: Tensor, gain: Tensor, scales: Tensor, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return cpu.norm_abs_topk_backward(grad, x, gain, scales, out)
+
+
+@_norm_abs_topk_backward.register_fake
+def _(grad, x, gain, scales, out):
+    return _laid_out_as(x), torch.empty_like(gain)
+
+
+@torch.library.custom_op("sparsetrain::act_abs_topk", mutates_args=())
+def _act_abs_topk(x: Tensor, k: int, activation: str) -> Tensor:
+    return cpu.act_abs_topk(x, k, activation)
+
+
+@_act_abs_topk.register_fake
+def _(x, k, activation):
+    return _laid_out_as(x)
+
+
+@torch.library.custom_op("sparsetrain::gelu_abs_topk_backward", mutates_args=())
+def _gelu_abs_topk_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    return cpu.gelu_abs_topk_backward(grad, x, out)
+
+
+@_gelu_abs_topk_backward.register_fake
+def _(grad, x, out):
+    return _laid_out_as(out)
+
+
+@torch.library.custom_op("sparsetrain::next_token_loss", mutates_args=())
+def _next_token_loss(
+    logits: Tensor, table: Tensor | None, tokens: Tensor, targets: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    return cpu.next_token_loss(logits, table, tokens, targets, with_gradient)
+
+
+@_next_token_loss.register_fake
+def _(logits, table, tokens, targets, with_gradient):
+    return logits.new_empty(()), _laid_out_as(logits) if with_gradient else logits.new_empty(0)
+
+
+@torch.library.custom_op("sparsetrain::table_gradient", mutates_args=())
+def _table_gradient(gradient: Tensor, tokens: Tensor) -> Tensor:
+    return cpu.table_gradient(gradient, tokens)
+
+
+@_table_gradient.register_fake
+def _(gradient, tokens):
+    return gradient.new_empty(gradient.shape[-1], gradient.shape[-1])

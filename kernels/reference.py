@@ -46,6 +46,61 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     return torch.where(_top_mask(x, k) & (x != 0), x, 0)
 
 
+def norm_abs_topk(x: Tensor, gain: Tensor, eps: float, k: int) -> Tensor:
+    """RMSNorm over the last dimension, then AbsTopK.
+
+    Args:
+        x: (..., D), any float type.
+        gain: (D,), what each channel is multiplied by.
+        eps: added to the mean of the squares.
+        k: entries kept, 0 <= k <= D; D keeps all, and passes the gradient to all.
+
+    Returns:
+        (..., D). Differentiable in x and gain, where the output is not zero.
+
+    Source: Zhang and Sennrich 2019, *Root Mean Square Layer Normalization*; Gao et al. 2025, A.1.
+    """
+    y = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * gain
+    return y if k == x.shape[-1] else abs_topk(y, k)
+
+
+def act_abs_topk(x: Tensor, k: int, activation: str) -> Tensor:
+    """An activation function, then AbsTopK.
+
+    Args:
+        x: (..., D), any float type.
+        k: entries kept, 0 <= k <= D; D keeps all, and passes the gradient to all.
+        activation: "gelu" (exact, with the error function) or "relu".
+
+    Returns:
+        (..., D). Differentiable, where the output is not zero.
+
+    Source: Gao et al. 2025, A.1.
+    """
+    y = F.gelu(x) if activation == "gelu" else F.relu(x)
+    return y if k == x.shape[-1] else abs_topk(y, k)
+
+
+def next_token_loss(logits: Tensor, table: Tensor | None, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of logits + table[tokens].
+
+    Args:
+        logits: (B, T, V), any float type; computed in float32 where it is narrower.
+        table: (V, V), to each current token what it adds to the logits, or None.
+        tokens: (B, T) int64, the current tokens. targets: (B, T) int64, the next ones.
+
+    Returns:
+        0-d, float32 or float64. Differentiable in logits and table.
+
+    Source: Gao et al. 2025, A.1 (the dense bigram table).
+    """
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if table is not None:
+        logits = logits + F.embedding(tokens, table.to(logits.dtype))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
 def project(weight: Tensor, k: int, min_per_row: int = 0, min_per_column: int = 0) -> Tensor:
     """Keep the k entries of a matrix that are greatest in magnitude, after a floor for each row and column.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.config import ModelOptions
-from sparsetrain.kernels.ops import abs_topk, channel_major
+from sparsetrain.kernels.ops import abs_topk, act_abs_topk, channel_major, next_token_loss, norm_abs_topk
 from sparsetrain.kernels.reference import is_channel_major
 from sparsetrain.linear import Linear
 
@@ -55,6 +55,12 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of the tokens (B, T) that follow `tokens` (B, T)."""
         return self.logits(self.final_resid(tokens), tokens)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, in nats, of the tokens (B, T) that follow `tokens` (B, T); what training lowers."""
+        resid = norm_abs_topk(self.final_resid(tokens), self.norm.weight, self.norm.eps, self.options.d_model)
+        logits = self.unembed(resid)
+        return next_token_loss(logits, self.bigram if self.options.bigram else None, tokens, targets)
 
     def run(
         self, tokens: Tensor, read: Collection[str] = (), edits: Mapping[str, Edit] | None = None
@@ -161,7 +167,7 @@ class Attention(nn.Module):
         self.sink = nn.Parameter(torch.zeros(d // options.d_head)) if options.sink else None
 
     def forward(self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit) -> Tensor:
-        read = visit(prefix + "attn_in", keep(self.norm(x, p), self.topk.attn_in))
+        read = visit(prefix + "attn_in", self.norm(x, p, self.topk.attn_in))
         q, k, v = (
             visit(prefix + name, keep(part, getattr(self.topk, name)))
             for name, part in zip("qkv", thirds(self.qkv(read)), strict=True)
@@ -178,19 +184,21 @@ class Mlp(nn.Module):
         super().__init__()
         self.topk = options.abs_topk
         self.norm = Norm(options)
-        self.act = F.gelu if options.activation == "gelu" else F.relu
+        self.activation = options.activation
         n_neurons = options.mlp_ratio * options.d_model
         self.up = Linear(self.norm.width, n_neurons, bias=options.bias)
         self.out = Linear(n_neurons, options.d_model, bias=options.bias)
 
     def forward(self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit) -> Tensor:
-        read = visit(prefix + "mlp_in", keep(self.norm(x, p), self.topk.mlp_in))
-        neurons = visit(prefix + "mlp_act", keep(self.act(self.up(read)), self.topk.mlp_act))
+        read = visit(prefix + "mlp_in", self.norm(x, p, self.topk.mlp_in))
+        n = self.up(read)
+        neurons = visit(prefix + "mlp_act", act_abs_topk(n, n_kept(self.topk.mlp_act, n.shape[-1]), self.activation))
         return visit(prefix + "mlp_out", keep(self.out(neurons), self.topk.mlp_out))
 
 
 class Norm(nn.Module):
-    """RMSNorm of the residual stream, with the normed position vector beside it where positions are concatenated."""
+    """RMSNorm of the residual stream, with the normed position vector beside it where positions are concatenated, and
+    AbsTopK of both together."""
 
     def __init__(self, options: ModelOptions):
         super().__init__()
@@ -198,17 +206,22 @@ class Norm(nn.Module):
         self.pos = nn.RMSNorm(options.d_pos, eps=options.norm_eps) if options.positions == "concat" else None
         self.width = options.d_model + (options.d_pos if self.pos else 0)
 
-    def forward(self, x: Tensor, p: Tensor | None) -> Tensor:
-        x = self.resid(x)
+    def forward(self, x: Tensor, p: Tensor | None, fraction: float) -> Tensor:
         if self.pos is None:
-            return x
-        p = self.pos(p).expand(x.shape[0], -1, -1)
-        return torch.cat([x.mT, p.mT], dim=-2).mT if is_channel_major(x) else torch.cat([x, p], dim=-1)
+            return norm_abs_topk(x, self.resid.weight, self.resid.eps, n_kept(fraction, self.width))
+        x, p = self.resid(x), self.pos(p).expand(x.shape[0], -1, -1)
+        x = torch.cat([x.mT, p.mT], dim=-2).mT if is_channel_major(x) else torch.cat([x, p], dim=-1)
+        return keep(x, fraction)
 
 
 def keep(x: Tensor, fraction: float) -> Tensor:
-    """AbsTopK that keeps int(fraction x width) entries along the last dimension; 1 keeps x as it is."""
-    return abs_topk(x, int(fraction * x.shape[-1]))
+    """AbsTopK that keeps a fraction of the entries along the last dimension; 1 keeps x as it is."""
+    return abs_topk(x, n_kept(fraction, x.shape[-1]))
+
+
+def n_kept(fraction: float, width: int) -> int:
+    """How many entries a share of them is, rounded down."""
+    return int(fraction * width)
 
 
 def thirds(x: Tensor) -> list[Tensor]:

@@ -10,14 +10,13 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +31,8 @@ from sparsetrain.record import Recorder
 from sparsetrain.threads import Threads
 
 log = logging.getLogger(__name__)
+
+LossOf = Callable[[Tensor, Tensor], Tensor]
 
 # Keys that may change when a run is resumed: they change where and how it is computed, not what.
 FREE_ON_RESUME = (
@@ -102,8 +103,17 @@ def _train(config: RunConfig) -> Path:
     return config.run_dir
 
 
-def train_step(run: Training, forward, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """One optimiser step, in the order of docs/method.md; returns the loss and the gradients' RMS (0-d tensors)."""
+def train_step(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """One optimiser step, in the order of docs/method.md.
+
+    Args:
+        run: the state, which moves on.
+        loss_of: `run.model.loss`, compiled or not.
+        inputs, targets: (B, T), on the device of the run.
+
+    Returns:
+        The loss and the gradients' RMS, 0-d.
+    """
     c = run.config
     progress = run.step / c.train.steps
     lr = learning_rate(c.optim, c.sparsity, progress)
@@ -113,7 +123,7 @@ def train_step(run: Training, forward, inputs: Tensor, targets: Tensor) -> tuple
     refill = start_refill(run.tensors, c.sparsity, run.step, c.train.steps, n_sequences)
     loss = torch.zeros((), device=run.device)
     for part_in, part_out in zip(inputs.chunk(c.train.accumulate), targets.chunk(c.train.accumulate), strict=True):
-        part = _loss(run, forward, part_in, part_out) / c.train.accumulate
+        part = _loss(run, loss_of, part_in, part_out) / c.train.accumulate
         part.backward()
         loss += part.detach()
     rms = scale_gradients_(run.model, c.optim.gradient)
@@ -144,7 +154,7 @@ def evaluate(run: Training) -> float:
     c = run.config
     run.model.eval()
     sums = [
-        (_loss(run, run.model, x.to(run.device), y.to(run.device)).item(), len(x))
+        (_loss(run, run.model.loss, x.to(run.device), y.to(run.device)).item(), len(x))
         for x, y in evaluation_batches(
             run.corpus.tokens("val"), c.train.eval_batches, c.train.batch_size, c.model.n_ctx
         )
@@ -241,7 +251,7 @@ def _describe(run_dir: Path, run: Training) -> None:
 
 def _loop(run: Training) -> None:
     c = run.config
-    forward = _compiled(run.model) if c.run.compile else run.model
+    loss_of = _compiled(run.model.loss) if c.run.compile else run.model.loss
     tokens = run.corpus.tokens("train")
     threads = Threads(c.run.threads if run.device.type == "cpu" else torch.get_num_threads())
     losses = _Losses(run)
@@ -255,7 +265,7 @@ def _loop(run: Training) -> None:
                 torch.set_num_threads(n_threads)
             began = time.perf_counter()
             x, y = batch(tokens, c.run.seed, run.step, 0, c.train.batch_size, c.model.n_ctx)
-            loss, rms = train_step(run, forward, x.to(run.device), y.to(run.device))
+            loss, rms = train_step(run, loss_of, x.to(run.device), y.to(run.device))
             logs, last = run.step % c.train.log_every == 0, run.step == c.train.steps
             losses.add(loss)
             if logs or run.device.type == "cpu":
@@ -283,10 +293,10 @@ def _loop(run: Training) -> None:
                 raise Interrupted(f"stopped after step {run.step}; the same command goes on from there")
 
 
-def _compiled(model: Transformer):
+def _compiled(loss_of: Callable[[Tensor, Tensor], Tensor]):
     # The graph breaks at every sparse product, and torch warns of each tensor that goes from one part to the next.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-    return torch.compile(model)
+    return torch.compile(loss_of)
 
 
 class _Losses:
@@ -330,11 +340,10 @@ def _tell(run: Training, loss: float) -> None:
     )  # fmt: skip
 
 
-def _loss(run: Training, forward, inputs: Tensor, targets: Tensor) -> Tensor:
+def _loss(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) -> Tensor:
     bf16 = run.config.run.dtype == "bfloat16"
     with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
-        logits = forward(inputs)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return loss_of(inputs, targets)
 
 
 def _save(run: Training) -> None:
@@ -349,7 +358,7 @@ def _refuse_broken(run: Training) -> None:
     c = run.config
     tokens = run.corpus.tokens("train")
     x, y = batch(tokens, c.run.seed, run.step, 0, c.train.batch_size // c.train.accumulate, c.model.n_ctx)
-    loss = _loss(run, run.model, x.to(run.device), y.to(run.device)).item()
+    loss = _loss(run, run.model.loss, x.to(run.device), y.to(run.device)).item()
     if not math.isfinite(loss) or not all(bool(p.isfinite().all()) for p in run.model.parameters()):
         raise TrainingError(_not_finite(run, f"the loss became {loss}", run.step + 1))
 

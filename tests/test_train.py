@@ -43,7 +43,7 @@ def steps_of(config, n):
     losses = []
     for i in range(n):
         x, y = batch(tokens, config.run.seed, i, 0, config.train.batch_size, config.model.n_ctx)
-        losses.append(train_step(run, run.model, x, y)[0].item())
+        losses.append(train_step(run, run.model.loss, x, y)[0].item())
     return run, losses
 
 
@@ -54,7 +54,7 @@ def test_invariant_1_nonzeros_never_exceed_l0_after_any_step(tiny, tmp_path):
     falls = []
     for step in range(config.train.steps):
         x, y = batch(tokens, 0, step, 0, 4, 32)
-        train_step(run, run.model, x, y)
+        train_step(run, run.model.loss, x, y)
         counts = sparsity.count(run.tensors)
         for t in run.tensors:
             assert counts[t.name]["n_nonzero"] <= t.l0(config.sparsity, step / config.train.steps), (step, t.name)
@@ -139,7 +139,7 @@ def test_a_gpu_follows_the_same_curve(tiny, tmp_path):
         losses = []
         for i in range(6):
             x, y = batch(run.corpus.tokens("train"), 0, i, 0, 4, 32)
-            losses.append(train_step(run, run.model, x.to(run.device), y.to(run.device))[0].item())
+            losses.append(train_step(run, run.model.loss, x.to(run.device), y.to(run.device))[0].item())
         curves.append(losses)
     assert curves[1] == pytest.approx(curves[0], abs=2e-3)
 
