@@ -14,7 +14,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("topk.c", "sparse_linear.c")
+SOURCES = ("topk.c", "sparse_linear.c", "attention.c")
 # OpenMP's calls are left open and find the runtime that torch has loaded: one pool of threads for both. Where the
 # compiler speaks to another runtime (clang), loading fails and the same code is built without threads.
 FLAG_SETS = (["-fopenmp"], [])
@@ -24,7 +24,7 @@ FLAG_SETS = (["-fopenmp"], [])
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None, with one warning, where they cannot be compiled or loaded."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    slower = "AbsTopK and sparse products run on numpy and torch, several times slower"
+    slower = "AbsTopK, sparse products and attention run on numpy and torch, several times slower"
     if compiler is None:
         log.warning("no C compiler (cc, gcc, clang) found: %s", slower)
         return None
