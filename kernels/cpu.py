@@ -1,8 +1,9 @@
 """The CPU path, for float32 and bfloat16: C that is compiled on first use, and what torch and numpy can do without.
 
-AbsTopK bisects a threshold, the projection samples one; the sparse products read channel-major activations. Without a
-C compiler AbsTopK runs on numpy's quickselect, the projection is its definition, and the products run on torch's
-embedding_bag, the study's choice for CPUs, which C beats by 1.3 to 2 times (docs/log.md, 2026-11-21).
+AbsTopK bisects a threshold, the projection samples one; the sparse products and attention (float32 alone) read
+channel-major activations. Without a C compiler AbsTopK runs on numpy's quickselect, the projection and attention are
+their definitions, and the products run on torch's embedding_bag, the study's choice for CPUs, which C beats by 1.3 to 2
+times (docs/log.md, 2026-11-21).
 """
 
 import math
@@ -264,6 +265,48 @@ def transposed(x: Tensor) -> Tensor:
     if y.numel():
         _call("transpose", x.dtype, x, y, blocks, rows, columns, threads=_threads(x.numel()))
     return y
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int) -> tuple[Tensor, Tensor]:
+    """`reference.attend` on channels, in float32.
+
+    Args:
+        q, k, v: (B, D, T) with the tokens contiguous, slices of wider tensors too.
+        sink: (H,), contiguous, or None.
+        d_head: channels of a head.
+
+    Returns:
+        z (B, D, T), contiguous, and what the backward pass needs, (B, H, 2, T): the greatest logit of each query, in
+        powers of two, and the reciprocal of its sum of exponentials over that. Sums are in an order of their own,
+        whatever the number of threads.
+    """
+    sequences, channels, tokens = q.shape
+    n_heads = channels // d_head
+    z, norm = q.new_empty(q.shape), q.new_empty(sequences, n_heads, 2, tokens)
+    sizes = (*_strides(q, k, v), sequences, n_heads, tokens, d_head)
+    _call("attend", q.dtype, q, k, v, sink, z, norm, *sizes, threads=_threads(z.numel() * tokens))
+    return z, norm
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, z: Tensor, norm: Tensor, d_head: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `attend` at q, k, v (B, D, T), contiguous, and at the sink, for each sequence (B, H)."""
+    if grad.stride(-1) != 1:
+        grad = transposed(grad.mT.contiguous())
+    sequences, channels, tokens = q.shape
+    n_heads = channels // d_head
+    grads = [q.new_empty(q.shape) for _ in range(3)]
+    sink_grad = q.new_empty(sequences, n_heads)
+    sizes = (*_strides(q, k, v, grad), sequences, n_heads, tokens, d_head)
+    threads = _threads(3 * z.numel() * tokens)
+    _call("attend_backward", q.dtype, q, k, v, grad, z, norm, sink, *grads, sink_grad, *sizes, threads=threads)
+    return *grads, sink_grad
+
+
+def _strides(*rows: Tensor) -> list[int]:
+    """How far apart the sequences and the channels of each (B, D, T) are."""
+    return [stride for x in rows for stride in x.stride()[:2]]
 
 
 def _dense(x: Tensor) -> Tensor:

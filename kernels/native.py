@@ -16,7 +16,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("topk.c", "tiles.c", "sparse_linear.c", "dense_gradient.c", "sparsify.c")
+SOURCES = ("topk.c", "tiles.c", "attention.c", "sparse_linear.c", "dense_gradient.c", "sparsify.c")
 # OpenMP's calls are left open and find the runtime that torch has loaded: one pool of threads for both. Where the
 # compiler speaks to another runtime (clang), loading fails and the same code is built without threads.
 FLAG_SETS = (["-fopenmp"], [])
@@ -26,7 +26,7 @@ FLAG_SETS = (["-fopenmp"], [])
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None, with one warning, where they cannot be compiled or loaded."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    slower = "AbsTopK, projections and sparse products run on numpy and torch, several times slower"
+    slower = "training runs on numpy and torch, several times slower"
     if compiler is None:
         log.warning("no C compiler (cc, gcc, clang) found: %s", slower)
         return None

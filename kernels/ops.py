@@ -8,7 +8,7 @@ activations and convert others, so a model that keeps them channel-major pays fo
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -29,6 +29,7 @@ DESIGNS = ("triton rows", "triton slabs")  # of sparse products; "triton" takes 
 BLOCK = {"cpu": 128, "cuda": 1024}  # tokens of a block that token-major activations are converted to
 WIDEST = 32768  # entries of a row that Triton's selection holds in registers
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
+WIDEST_HEAD = 128  # channels of a head that attention in C is tested with
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 log = logging.getLogger(__name__)
@@ -247,6 +248,40 @@ def next_token_loss(
         return _next_token_loss(logits, table, tokens, targets, False)[0]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int, backend: Backend = "auto") -> Tensor:
+    """Causal softmax attention, scaled by 1 / sqrt(d_head), with an optional learnt logit in each head's denominator.
+
+    Args:
+        q, k, v: (B, T, D), token-major, channel-major, or slices of channels of either; channel-major is faster. Heads
+            are groups of d_head neighbouring channels. Channels of k and v that are exactly zero cost no time on a
+            CPU, and there a NaN or an infinity that only meets such zeros is not seen.
+        sink: (H,) logits, or None.
+        d_head: channels of a head.
+        backend: "cpu" (float32, d_head up to 128), "reference" (torch's own attention), or "auto": "cpu" where it
+            runs.
+
+    Returns:
+        (B, T, D) in the layout of q, differentiable in q, k, v and sink, at their zeros too. Where every key loses
+        to the sink, the output tends to zero.
+
+    Raises:
+        ValueError: shapes, types or devices do not fit, or the backend cannot run.
+
+    Source: Gao et al. 2025, A.1 (attention sinks).
+    """
+    _check_attend(q, k, v, sink, d_head)
+    chosen = _pick(backend, q, ("auto", "reference", "cpu"), types=(torch.float32,))
+    if chosen == "cpu" and d_head > WIDEST_HEAD:
+        if backend == "cpu":
+            raise ValueError(f"d_head must be at most {WIDEST_HEAD} for backend 'cpu', got {d_head}; use 'auto'")
+        chosen = "reference"
+    if chosen == "reference" or not q.numel() or cpu.library() is None:
+        return reference.attend(q, k, v, sink, d_head)
+    rows = (x.mT if reference.tokens_contiguous(x) else _swapped(x) for x in (q, k, v))  # (B, D, T)
+    z, _ = _attend(*rows, None if sink is None else sink.contiguous(), d_head)
+    return z.mT if reference.tokens_contiguous(q) else _swapped(z)
+
+
 @torch.no_grad()
 def project_(
     weight: Tensor | SparseWeight, k: int, min_per_row: int = 0, min_per_column: int = 0, backend: Backend = "auto"
@@ -381,10 +416,37 @@ def _check_linear(
         raise ValueError("; ".join(problems))
 
 
-def _pick(backend: Backend, x: Tensor, allowed: tuple[str, ...] = BACKENDS, longest: int = 0) -> str:
+def _check_attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int) -> None:
+    problems = []
+    if q.dim() != 3 or not q.is_floating_point():
+        problems.append(f"q must be (B, T, D) floats, got {q.dtype} of shape {tuple(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if (x.shape, x.dtype, x.device) != (q.shape, q.dtype, q.device):
+            problems.append(
+                f"{name} must be like q, {q.dtype} of shape {tuple(q.shape)} on {q.device}, "
+                f"got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+            )
+    if d_head < 1 or q.shape[-1] % d_head:
+        problems.append(f"d_head must divide {q.shape[-1]}, the channels of q, got {d_head}")
+    elif sink is not None and (tuple(sink.shape) != (q.shape[-1] // d_head,) or sink.device != q.device):
+        problems.append(
+            f"sink must have shape ({q.shape[-1] // d_head},), a logit for each head, on {q.device}, "
+            f"got {tuple(sink.shape)} on {sink.device}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _pick(
+    backend: Backend,
+    x: Tensor,
+    allowed: tuple[str, ...] = BACKENDS,
+    longest: int = 0,
+    types: Collection[torch.dtype] = tuple(cpu.NAMES),
+) -> str:
     """The backend that runs for x: the one asked for if it can, or under "auto" the fast one if there is one.
 
-    `longest` is the most entries that an op must hold at once to select among them.
+    `longest` is the most entries that an op must hold at once to select among them; `types` are those its C takes.
     """
     if backend not in allowed:
         raise ValueError(f"backend must be one of {', '.join(allowed)}, got {backend!r}")
@@ -392,16 +454,17 @@ def _pick(backend: Backend, x: Tensor, allowed: tuple[str, ...] = BACKENDS, long
         backend = _forced.backend
     if backend == "auto":
         fast = "cpu" if x.device.type == "cpu" else "triton"
-        return "reference" if _obstacle(fast, x, longest) else fast
-    if obstacle := _obstacle(backend, x, longest):
+        return "reference" if fast not in allowed or _obstacle(fast, x, longest, types) else fast
+    if obstacle := _obstacle(backend, x, longest, types):
         raise ValueError(f"backend {backend!r} cannot run here: {obstacle}; use backend='auto'")
     return backend
 
 
-def _obstacle(backend: str, x: Tensor, longest: int) -> str | None:
+def _obstacle(backend: str, x: Tensor, longest: int, types: Collection[torch.dtype]) -> str | None:
     """Why a backend cannot take x, or None."""
-    if backend == "cpu" and (x.device.type != "cpu" or x.dtype not in cpu.NAMES):
-        return f"it takes float32 and bfloat16 on the CPU, got {x.dtype} on {x.device.type}"
+    if backend == "cpu" and (x.device.type != "cpu" or x.dtype not in types):
+        names = " and ".join(cpu.NAMES[dtype] for dtype in types)
+        return f"it takes {names} on the CPU, got {x.dtype} on {x.device.type}"
     if backend.startswith("triton"):
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if find_spec("triton") is None:
@@ -749,3 +812,39 @@ def _table_gradient(gradient: Tensor, tokens: Tensor) -> Tensor:
 @_table_gradient.register_fake
 def _(gradient, tokens):
     return gradient.new_empty(gradient.shape[-1], gradient.shape[-1])
+
+
+@torch.library.custom_op("sparsetrain::attend", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int) -> tuple[Tensor, Tensor]:
+    return cpu.attend(q, k, v, sink, d_head)
+
+
+@torch.library.custom_op("sparsetrain::attend_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, z: Tensor, norm: Tensor, d_head: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return cpu.attend_backward(grad, q, k, v, sink, z, norm, d_head)
+
+
+@_attend.register_fake
+def _(q, k, v, sink, d_head):
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[1] // d_head, 2, q.shape[2])
+
+
+@_attend_backward.register_fake
+def _(grad, q, k, v, sink, z, norm, d_head):
+    return *(q.new_empty(q.shape) for _ in range(3)), q.new_empty(q.shape[0], q.shape[1] // d_head)
+
+
+def _keep_attended(ctx, inputs, output) -> None:
+    *tensors, ctx.d_head = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attended_backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+    *grads, sink_grad = _attend_backward(grad, *ctx.saved_tensors, ctx.d_head)
+    return *grads, sink_grad.sum(0) if ctx.needs_input_grad[3] else None, None
+
+
+_attend.register_autograd(_attended_backward, setup_context=_keep_attended)

@@ -1,5 +1,7 @@
 """Every op in plain torch: the definition that each backend is held to. Slow, exact, any float type."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -153,6 +155,46 @@ def _keep(x: Tensor, forced: Tensor, k: int) -> Tensor:
     kept = torch.zeros_like(forced)
     kept[order[:k]] = True
     return torch.where(kept, x, 0)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int) -> Tensor:
+    """Causal softmax attention, scaled by 1 / sqrt(d_head), with an optional learnt logit in each head's denominator.
+
+    Args:
+        q, k, v: (B, T, D), any float type; heads are groups of d_head neighbouring channels.
+        sink: (H,) logits, or None.
+        d_head: channels of a head.
+
+    Returns:
+        (B, T, D), channel-major where q is. Where every key loses to the sink, the output tends to zero.
+
+    Source: Gao et al. 2025, A.1 (attention sinks). Differs: no T x T mask. The sink is a key at position -1 whose
+    value is zero and whose logit comes from an extra feature, q' = [q, 1, 0...] and k' = [0, sink x sqrt(K), 0...].
+    One unused query keeps the matrix square, and the features are padded to a multiple of 8, as the fast causal
+    kernels of a GPU ask.
+    """
+    by_channel = tokens_contiguous(q)
+    scale = 1 / math.sqrt(d_head)
+    if sink is None:  # the fast kernels ask for contiguous channels; with a sink, padding makes them so
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = (x.unflatten(-1, (-1, d_head)).transpose(1, 2) for x in (q, k, v))  # (B, H, T, K)
+    if sink is not None:
+        extra = 8 - d_head % 8
+        logit = (sink / scale).to(q.dtype)[None, :, None, None].expand(q.shape[0], -1, 1, 1)
+        q = F.pad(F.pad(q, (0, 1), value=1.0), (0, extra - 1, 1, 0))
+        k = torch.cat([F.pad(logit, (d_head, extra - 1)), F.pad(k, (0, extra))], dim=2)
+        v = F.pad(v, (0, extra, 1, 0))
+    z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    if sink is not None:
+        z = z[:, :, 1:, :d_head]
+    if by_channel:
+        return z.mT.flatten(1, 2).mT  # (B, H, K, T), one copy
+    return z.transpose(1, 2).flatten(-2)
+
+
+def tokens_contiguous(x: Tensor) -> bool:
+    """Whether x (B, T, D) is channel-major or a slice of channels of what is."""
+    return x.stride(-2) == 1 and x.shape[-2] > 1 and x.stride(-1) >= x.shape[-2]
 
 
 def _top_mask(x: Tensor, k: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.config import ModelOptions
-from sparsetrain.kernels.ops import abs_topk, act_abs_topk, channel_major, next_token_loss, norm_abs_topk
+from sparsetrain.kernels.ops import abs_topk, act_abs_topk, attend, channel_major, next_token_loss, norm_abs_topk
 from sparsetrain.kernels.reference import is_channel_major
 from sparsetrain.linear import Linear
 
@@ -172,8 +172,7 @@ class Attention(nn.Module):
             visit(prefix + name, keep(part, getattr(self.topk, name)))
             for name, part in zip("qkv", thirds(self.qkv(read)), strict=True)
         )
-        heads = (t.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, K)
-        z = visit(prefix + "z", attend(*heads, self.sink).transpose(1, 2).flatten(-2))
+        z = visit(prefix + "z", attend(q, k, v, self.sink, self.d_head))
         return visit(prefix + "attn_out", keep(self.out(z), self.topk.attn_out))
 
 
@@ -229,33 +228,6 @@ def thirds(x: Tensor) -> list[Tensor]:
     if is_channel_major(x):
         return [part.contiguous().mT for part in x.mT.chunk(3, dim=-2)]
     return list(x.chunk(3, dim=-1))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Tensor:
-    """Causal softmax attention, scaled by 1 / sqrt(K), with an optional learnt logit in each head's denominator.
-
-    Args:
-        q, k, v: (B, H, T, K).
-        sink: (H,) logits, or None.
-
-    Returns:
-        (B, H, T, K). Where every key loses to the sink, the output tends to zero.
-
-    Source: Gao et al. 2025, A.1 (attention sinks). Differs: no T x T mask. The sink is a key at position -1 whose
-    value is zero and whose logit comes from an extra feature, q' = [q, 1, 0...] and k' = [0, sink x sqrt(K), 0...].
-    One unused query keeps the matrix square, and the features are padded to a multiple of 8, as the fast causal
-    kernels of a GPU ask.
-    """
-    scale = 1 / math.sqrt(q.shape[-1])
-    if sink is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    d_head = q.shape[-1]
-    extra = 8 - d_head % 8
-    logit = (sink / scale).to(q.dtype)[None, :, None, None].expand(q.shape[0], -1, 1, 1)
-    q = F.pad(F.pad(q, (0, 1), value=1.0), (0, extra - 1, 1, 0))
-    k = torch.cat([F.pad(logit, (d_head, extra - 1)), F.pad(k, (0, extra))], dim=2)
-    v = F.pad(v, (0, extra, 1, 0))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[:, :, 1:, :d_head]
 
 
 def site_widths(options: ModelOptions) -> dict[str, int]:
