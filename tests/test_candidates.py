@@ -22,7 +22,7 @@ def start(tiny, folder, *overrides):
 def step_(run):
     c = run.config
     x, y = batch(run.corpus.tokens("train"), c.run.seed, run.step, 0, c.train.batch_size, c.model.n_ctx)
-    return train_step(run, run.model, x, y)[0].item()
+    return train_step(run, run.model.loss, x, y)[0].item()
 
 
 def hold_everything_(run):
@@ -79,7 +79,9 @@ def test_new_candidates_are_the_greatest_gradients_outside_the_nonzeros(tiny, tm
     c = run.config
     x, y = batch(run.corpus.tokens("train"), c.run.seed, 33, 0, c.train.batch_size, c.model.n_ctx)
     twin = start(tiny, tmp_path / "twin", "run.kernels=reference")
-    twin.model.load_state_dict(checkpoint._written_out(run.model))
+    twin.model.load_state_dict(
+        {k: v.to_dense() if not isinstance(v, torch.Tensor) else v for k, v in checkpoint._weights(run.model).items()}
+    )
     torch.nn.functional.cross_entropy(twin.model(x).flatten(0, 1), y.flatten()).backward()
     run.step = 33
     step_(run)
