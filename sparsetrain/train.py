@@ -176,12 +176,7 @@ def _start(config: RunConfig) -> Training:
     newest = checkpoint.latest_checkpoint(run_dir)
     if (run_dir / "config.yaml").exists():
         _refuse_changes(run_dir, config)
-    generator = torch.Generator().manual_seed(config.run.seed)
-    model = Transformer(config.model, corpus.tokenizer.get_vocab_size(), generator)
-    model.checkpoint_activations = config.train.checkpoint_activations
-    model = model.to(device).train()
-    run = Training(config, corpus, model, build_adam(model, config.optim), device)
-    run.tensors = sparsity.projected(model, config.sparsity)
+    run = build(config, corpus, device)
     if newest:
         state = checkpoint.read_state(newest)
         if state["corpus"] != corpus.manifest["fingerprint"]:
@@ -195,11 +190,22 @@ def _start(config: RunConfig) -> Training:
                 f"{newest} was trained with another tokenizer than {corpus.folder}/tokenizer.json; "
                 f"set data.tokenizer={run_dir}/tokenizer.json in a new run, or choose another run.name"
             )
-        checkpoint.restore(newest, model, run.optimizer)
+        checkpoint.restore(newest, run.model, run.optimizer)
         run.step, run.seconds = state["step"], state["seconds"]
         read_weights_(run)
         doing = "resuming" if run.step < config.train.steps else "nothing left to train in"
         log.info("%s %s, at step %d", doing, run_dir, run.step)
+    return run
+
+
+def build(config: RunConfig, corpus: Corpus, device: torch.device) -> Training:
+    """A run before its first step, its weights drawn from its seed."""
+    generator = torch.Generator().manual_seed(config.run.seed)
+    model = Transformer(config.model, corpus.tokenizer.get_vocab_size(), generator)
+    model.checkpoint_activations = config.train.checkpoint_activations
+    model = model.to(device).train()
+    run = Training(config, corpus, model, build_adam(model, config.optim), device)
+    run.tensors = sparsity.projected(model, config.sparsity)
     return run
 
 

@@ -1,0 +1,249 @@
+"""Times whole training steps side by side: ours, the paper's recipe as it was released, and dense transformers."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from dataclasses import replace
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from sparsetrain.bench.timing import copy_seconds, multiply_adds_per_second
+from sparsetrain.config import (
+    AbsTopKOptions,
+    DataOptions,
+    ModelOptions,
+    OptimOptions,
+    RunConfig,
+    RunOptions,
+    SparsityOptions,
+    TrainOptions,
+)
+from sparsetrain.data import Corpus, batch, prepare
+from sparsetrain.kernels import ops, reference
+from sparsetrain.sparsity import projected
+from sparsetrain.train import Training, build, train_step
+
+OURS, RECIPE, TWIN = "ours, dense gradient", "dense-masked", "ours, another start by 1e-6"
+FEW = 10  # steps of the arms whose losses nobody compares
+DENSE = AbsTopKOptions(*[1.0] * 8)
+GiB = 2**30
+
+
+def base(width: int, layers: int, density: float, batch_size: int, steps: int, dtype: str = "float32") -> RunConfig:
+    """A run that is at its final density from the first step on, so that every step costs the same."""
+    return RunConfig(
+        run=RunOptions(dtype=dtype),
+        data=DataOptions(vocab_size=2048),
+        model=ModelOptions(n_layers=layers, d_model=width, n_ctx=256),
+        sparsity=SparsityOptions(density=density, anneal_start=0.0, anneal_stop=0.0),
+        optim=OptimOptions(lr=0.02),
+        train=TrainOptions(steps=steps, batch_size=batch_size),
+    )
+
+
+def arms(config: RunConfig) -> dict[str, RunConfig]:
+    """What is compared, by name: the same model and numerics three times, and two dense transformers."""
+    plain = replace(config, model=replace(config.model, abs_topk=DENSE), sparsity=replace(config.sparsity, density=1.0))
+    d = _dense_width(config)
+    return {
+        RECIPE: replace(config, run=replace(config.run, kernels="reference")),
+        OURS: config,
+        "ours, candidates": replace(config, sparsity=replace(config.sparsity, gradient="candidates")),
+        "dense, equal width": plain,
+        "dense, equal nonzeros": replace(plain, model=replace(plain.model, d_model=d, d_head=min(16, d))),
+        TWIN: config,
+    }
+
+
+def _dense_width(config: RunConfig) -> int:
+    """The width of a dense transformer whose blocks have about as many weights as this one has nonzeros."""
+    exact = config.model.d_model * config.sparsity.density**0.5
+    return max(8, round(exact / 16) * 16)
+
+
+def measure(config: RunConfig, device: torch.device, say: Callable[[str], None]) -> list[dict]:
+    """Step every arm in turn, on the same batches, and note seconds and losses.
+
+    Args:
+        config: see `base`. Ours and the recipe take all its steps, the others the first FEW.
+        device: where.
+        say: told what is being done.
+
+    Returns:
+        A row for each arm: arm, seconds (of each step but the first), losses (of each step), tokens (of a step),
+        parameters, nonzeros, peak_bytes, floor (seconds; of ours alone) and profile: {what: seconds} of one step.
+    """
+    corpus = prepare(config.data)
+    rows, runs = [], {}
+    for name, arm in arms(config).items():
+        runs[name] = build(arm, corpus, device)
+        if name == TWIN:
+            _perturb_(runs[name])
+        n = sum(t.l0(arm.sparsity, 1.0) for t in projected(runs[name].model, arm.sparsity))
+        rows.append({
+            "arm": name, "seconds": [], "losses": [], "tokens": arm.train.batch_size * arm.model.n_ctx,
+            "parameters": sum(p.numel() for p in runs[name].model.parameters()), "nonzeros": n,
+        })  # fmt: skip
+    for i in range(config.train.steps):
+        for row in rows:
+            if i < FEW or row["arm"] in (OURS, RECIPE, TWIN):
+                loss, seconds = _step(runs[row["arm"]], corpus)
+                row["losses"].append(loss)
+                row["seconds"] += [seconds] if i else []
+        if i % 20 == 0:
+            took = {row["arm"]: row["seconds"][-1] for row in rows if row["seconds"]}
+            say(f"step {i + 1} of {config.train.steps}: " + ", ".join(f"{k} {1e3 * v:.0f} ms" for k, v in took.items()))
+    for row in rows:
+        say(f"profile and peak memory: {row['arm']}")
+        row["profile"] = _profile(runs[row["arm"]], corpus)
+        row["peak_bytes"] = _peak_bytes(row["arm"], config, device, runs[row["arm"]], corpus)
+        row["floor"] = floor(config, device) if row["arm"] == OURS else None
+    return rows
+
+
+@torch.no_grad()
+def _perturb_(run: Training) -> None:
+    """Another start, so near that only rounding tells them apart: losses may differ by as much and mean nothing."""
+    generator = torch.Generator().manual_seed(1)
+    for p in run.model.parameters():
+        p.mul_(1 + 1e-6 * torch.randn(p.shape, generator=generator).to(p.device))
+
+
+def _step(run: Training, corpus: Corpus) -> tuple[float, float]:
+    """One training step: its loss, and its seconds."""
+    c = run.config
+    x, y = batch(corpus.tokens("train"), c.run.seed, run.step, 0, c.train.batch_size, c.model.n_ctx)
+    x, y = x.to(run.device), y.to(run.device)
+    _wait(run.device)
+    start = time.perf_counter()
+    with ops.using(c.run.kernels), _as_released():
+        loss, _ = train_step(run, run.model.loss, x, y)
+    _wait(run.device)
+    return loss.item(), time.perf_counter() - start
+
+
+@contextmanager
+def _as_released() -> Iterator[None]:
+    """Have the plain kernels select by torch.topk, as the released script does, and not by a stable sort.
+
+    That is several times faster, and differs in ties alone.
+    """
+    with (
+        mock.patch.object(reference, "abs_topk", _topk_and_scatter),
+        mock.patch.object(reference, "project", _project_by_topk),
+    ):
+        yield
+
+
+def _topk_and_scatter(x: Tensor, k: int) -> Tensor:
+    at = x.detach().abs().topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(x).scatter(-1, at, x.gather(-1, at))
+
+
+def _project_by_topk(weight: Tensor, k: int, min_per_row: int, min_per_column: int) -> Tensor:
+    score = weight.abs()
+    for floor, dim in ((min_per_row, 1), (min_per_column, 0)):
+        if floor:
+            score.scatter_(dim, score.topk(floor, dim=dim).indices, 1e10)
+    at = score.flatten().topk(k, sorted=False).indices
+    return weight * torch.zeros_like(weight).view(-1).index_fill_(0, at, 1).view_as(weight)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _profile(run: Training, corpus: Corpus) -> dict[str, float]:
+    """Seconds of the ops of one step that take the most of it, on the device; the rest as `other`."""
+    on = ProfilerActivity.CUDA if run.device.type == "cuda" else ProfilerActivity.CPU
+    run.step = min(run.step, run.config.train.steps - 1)  # the schedule ends there
+    with profile(activities=[on]) as seen:
+        _, seconds = _step(run, corpus)
+    own = [(e.key, e.self_device_time_total if on == ProfilerActivity.CUDA else e.self_cpu_time_total)
+           for e in seen.key_averages()]  # fmt: skip
+    most = sorted(own, key=lambda pair: -pair[1])[:12]
+    named = {name: microseconds / 1e6 for name, microseconds in most}
+    return {**named, "other": max(0.0, seconds - sum(named.values()))}
+
+
+def _peak_bytes(arm: str, config: RunConfig, device: torch.device, run: Training, corpus: Corpus) -> int:
+    """The most memory two steps take: on CUDA as torch counts it; on a CPU of a process of their own, code included."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        _step(run, corpus)
+        return torch.cuda.max_memory_allocated(device)
+    sizes = (config.model.d_model, config.model.n_layers, config.sparsity.density, config.train.batch_size)
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsetrain.bench.step", arm, *map(str, sizes), str(torch.get_num_threads())],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return int(json.loads(done.stdout.splitlines()[-1]))
+
+
+def floor(config: RunConfig, device: torch.device) -> float:
+    """The least seconds of a step: each op's bytes at the speed of a copy, or its multiply-adds if they take longer.
+
+    Counted are, with their gradients, the sparse products at the nonzeros, AbsTopK, norms and activations, attention,
+    the loss, and Adam on the whole of each matrix, as the dense gradient asks; not the dense gradient's own product.
+    """
+    m, c = config.model, config.train
+    n, d, v = c.batch_size * m.n_ctx, m.d_model, config.data.vocab_size
+    size = 2 if config.run.dtype == "bfloat16" else 4
+    bytes_per_second = 2 * GiB / 8 / _best(copy_seconds(2 * GiB // 8, device), device)
+    rate = multiply_adds_per_second(device)
+
+    def seconds(n_bytes: float, multiply_adds: float) -> float:
+        return max(n_bytes / bytes_per_second, multiply_adds / rate)
+
+    maps = [(3 * d, d), (d, d), (m.mlp_ratio * d, d), (d, m.mlp_ratio * d)] * m.n_layers + [(v, d)]
+    products = sum(
+        3 * seconds((rows + columns) * n * size, config.sparsity.density * rows * columns * n) for rows, columns in maps
+    )
+    channels = (2 + 3 + 1 + m.mlp_ratio + 1) * d  # of the eight places, two of them norms and one an activation
+    selections = m.n_layers * seconds(5 * channels * n * size, 0)
+    attention = m.n_layers * seconds(11 * d * n * size, 3.5 * 2 * n * m.n_ctx / 2 * d)
+    loss = seconds(4 * v * n * size, 0)
+    weights = sum(rows * columns for rows, columns in maps) + 2 * v * d + v * v
+    return products + selections + attention + loss + seconds(7 * 4 * weights, 0)
+
+
+def _best(case: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(5):
+        _wait(device)
+        start = time.perf_counter()
+        case()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _main(arm: str, width: str, layers: str, density: str, batch_size: str, threads: str) -> None:
+    """Two steps of one arm in this process; prints the most memory that was resident, in bytes."""
+    torch.set_num_threads(int(threads))
+    config = arms(base(int(width), int(layers), float(density), int(batch_size), 10))[arm]
+    corpus = prepare(config.data)
+    run = build(config, corpus, torch.device("cpu"))
+    for _ in range(2):
+        _step(run, corpus)
+    print(_most_resident())
+
+
+def _most_resident() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says would include the process that started this one
+        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
