@@ -39,13 +39,17 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def call(name: str, *arguments: Tensor | int | None, threads: int | None = None) -> None:
-    """Call a C function on contiguous tensors; integers are passed as int64, and threads, if any, as int32."""
+def call(name: str, *arguments: Tensor | int | None, threads: int | None = None) -> int:
+    """Call a C function on contiguous tensors; integers are passed as int64, and threads, if any, as int32.
+
+    Returns:
+        What the function does, an int32; of one that returns nothing, anything.
+    """
     passed = [
         ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else None if a is None else ctypes.c_int64(a)
         for a in arguments
     ]
-    getattr(library(), name)(*passed, *(() if threads is None else (ctypes.c_int32(threads),)))
+    return getattr(library(), name)(*passed, *(() if threads is None else (ctypes.c_int32(threads),)))
 
 
 def _compiled(compiler: str, flags: list[str]) -> Path:

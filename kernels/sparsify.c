@@ -385,23 +385,26 @@ void count_nonzeros(const int32_t *x, int64_t rows, int64_t columns, int32_t *of
     for (int64_t row = 0; row < rows; row++) offsets[row + 1] += offsets[row];
 }
 
-/* The columns and values of the nonzeros of x, row by row. */
-void take_nonzeros(const int32_t *x, int64_t rows, int64_t columns, const int32_t *offsets, int32_t *indices,
-                   int32_t *values, int32_t threads) {
+/* The columns and values of the nonzeros of x, row by row. Returns how many of them are not finite. */
+int32_t take_nonzeros(const int32_t *x, int64_t rows, int64_t columns, const int32_t *offsets, int32_t *indices,
+                      int32_t *values, int32_t threads) {
+    int32_t wrong = 0;
 #pragma omp parallel num_threads(threads)
     {
         int32_t *places = malloc(columns * sizeof(int32_t));
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) reduction(+ : wrong)
         for (int64_t row = 0; row < rows; row++) {
             const int32_t *in = x + row * columns;
             int64_t n = gather(in, columns, 1, 0, 0, places), first = offsets[row];
             for (int64_t e = 0; e < n; e++) {
                 indices[first + e] = places[e];
                 values[first + e] = in[places[e]];
+                wrong += (in[places[e]] & SIGNLESS) >= INFINITE;
             }
         }
         free(places);
     }
+    return wrong;
 }
 
 /* The places of the values that are not zero, and the offsets of their rows. */
