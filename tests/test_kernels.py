@@ -248,6 +248,15 @@ def test_project_within_a_support_needs_no_matrix(backend):
     assert weight.values.nonzero().flatten().tolist() == list(range(n - 10, n))
 
 
+def test_project_within_a_support_takes_lines_of_any_length():
+    """Empty first and last lines, and full ones, between which lanes have nothing to read."""
+    dense = torch.zeros(50, 70)
+    dense[20:23, 1:60] = torch.randn(3, 59, generator=torch.Generator().manual_seed(0))
+    for floors in ((5, 0), (0, 2), (3, 1)):
+        weight = SparseWeight.from_dense(dense)
+        assert torch.equal(ops.project_(weight, 100, *floors).to_dense(), reference.project(dense, 100, *floors))
+
+
 def test_project_within_a_support_refuses_what_cannot_be():
     weight = SparseWeight.from_dense(torch.eye(4))
     with pytest.raises(ValueError, match=r"k must be in \[0, 4\], the nonzeros of the weight, got 5"):
