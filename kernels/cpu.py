@@ -63,7 +63,7 @@ def project_(weight: Tensor, k: int, min_per_row: int = 0, min_per_column: int =
         project_(copy, k, min_per_row, min_per_column)
         weight.copy_(copy)
     elif weight.numel():
-        threads = _threads(4 * weight.numel())
+        threads = _threads(weight.numel() // 2)  # a second thread pays late: three barriers, and memory sets the pace
         call("project", weight, weight.numel(), weight.shape[-1], k, min_per_row, min_per_column, threads=threads)
         increment_version(weight)
 

@@ -39,10 +39,14 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def call(name: str, *arguments: Tensor | int | float | None, threads: int | None = None) -> None:
-    """Call a C function on contiguous tensors; an int is passed as int64, a float as double, threads as int32."""
+def call(name: str, *arguments: Tensor | int | float | None, threads: int | None = None) -> int:
+    """Call a C function on contiguous tensors; an int is passed as int64, a float as double, threads as int32.
+
+    Returns:
+        What the function does, an int32; of one that returns nothing, anything.
+    """
     passed = [_passed(a) for a in arguments]
-    getattr(library(), name)(*passed, *(() if threads is None else (ctypes.c_int32(threads),)))
+    return getattr(library(), name)(*passed, *(() if threads is None else (ctypes.c_int32(threads),)))
 
 
 def _passed(argument: Tensor | int | float | None):

@@ -312,10 +312,13 @@ def project_(
     if is_sparse and values.grad_fn is not None:
         raise ValueError("values of weight must not be part of a graph, for they are changed in place; detach them")
     _check_count("k", k, values.numel(), ", the nonzeros of the weight," if is_sparse else ", the size of the weight,")
-    is_matrix = len(weight.shape) == 2
-    where = f" for a weight of shape {tuple(weight.shape)},"
-    _check_count("min_per_row", min_per_row, weight.shape[-1] if is_matrix else 0, where)
-    _check_count("min_per_column", min_per_column, weight.shape[0] if is_matrix else 0, where)
+    for name, floor, size in (
+        ("min_per_row", min_per_row, weight.shape[-1]),
+        ("min_per_column", min_per_column, weight.shape[0]),
+    ):
+        if floor:
+            most = size if len(weight.shape) == 2 else 0
+            _check_count(name, floor, most, f" for a weight of shape {tuple(weight.shape)},")
     longest = max(weight.shape) if min_per_row or min_per_column else 0
     chosen = _pick(backend, values, BACKENDS[:3] if is_sparse else BACKENDS, longest)
     if k == values.numel():

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsetrain.kernels.native import call, library
 
 LARGEST = 2**31 - 1  # offsets and indices are int32: half the bytes of int64, which every kernel reads
-SMALL = 1 << 20  # entries of a matrix that one thread searches sooner than two
+SMALL = 1 << 22  # entries of a matrix that one thread searches sooner than two
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +62,8 @@ class SparseWeight:
         """
         if weight.dim() != 2 or not weight.is_floating_point():
             raise ValueError(f"weight must be a matrix of floats, got {weight.dtype} of shape {tuple(weight.shape)}")
-        values, columns, offsets = (_nonzeros_c if _takes_c(weight) else _nonzeros)(weight.detach())
-        made = cls._build(tuple(weight.shape), values, columns, offsets)
+        values, columns, offsets, wrong = (_nonzeros_c if _takes_c(weight) else _nonzeros)(weight.detach())
+        made = cls._build(tuple(weight.shape), values, columns, offsets, wrong)
         if weight.requires_grad:
             made = made.with_values(weight[made.row_of_each(), columns.long()])
         return made
@@ -82,17 +82,20 @@ class SparseWeight:
             ValueError: names everything that does not hold.
         """
         _check_rows(shape, values, columns, offsets)
-        return cls._build(tuple(shape), values, columns, offsets)
+        return cls._build(tuple(shape), values, columns.int(), offsets.int(), _not_finite(values))
 
     @classmethod
-    def _build(cls, shape: tuple[int, int], values: Tensor, columns: Tensor, offsets: Tensor) -> "SparseWeight":
+    def _build(
+        cls, shape: tuple[int, int], values: Tensor, columns: Tensor, offsets: Tensor, wrong: int
+    ) -> "SparseWeight":
+        """Build from compressed rows in int32, with the number of values that are not finite."""
         if values.numel() > LARGEST or max(shape) > LARGEST:
             raise ValueError(
                 f"weight must have fewer than 2^31 nonzeros, rows and columns, got {values.numel()} {shape}"
             )
-        if not bool(values.detach().isfinite().all()):
-            raise ValueError(f"values must be finite, got {int((~values.detach().isfinite()).sum())} that are not")
-        return cls(shape, values, *_orders(shape, columns.int().contiguous(), offsets.int().contiguous()))
+        if wrong:
+            raise ValueError(f"values must be finite, got {wrong} that are not")
+        return cls(shape, values, *_orders(shape, columns.contiguous(), offsets.contiguous()))
 
     def with_values(self, values: Tensor) -> "SparseWeight":
         """The same support with other values (E,); nothing is copied.
@@ -138,7 +141,7 @@ class SparseWeight:
             in_columns = kept[self.to_column_major]
             orders = (
                 _order(new[rows.offsets], rows.indices[kept]),
-                _order(new[self.columns.offsets], self.columns.indices[in_columns]),
+                _order(_offsets(in_columns)[self.columns.offsets], self.columns.indices[in_columns]),
                 new[self.to_column_major[in_columns]],
             )
         return SparseWeight(self.shape, self.values.index_select(0, places), *orders), places
@@ -174,21 +177,27 @@ def _takes_c(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() <= LARGEST and library() is not None
 
 
-def _nonzeros(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compressed rows (CSR): values, columns and offsets of what is not zero in `weight`."""
+def _not_finite(values: Tensor) -> int:
+    finite = values.detach().isfinite()
+    return 0 if bool(finite.all()) else int((~finite).sum())
+
+
+def _nonzeros(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Compressed rows (CSR) of what is not zero: values, columns, offsets, and how many values are not finite."""
     row, column = weight.nonzero(as_tuple=True)
-    return weight[row, column], column, _offsets(torch.bincount(row, minlength=weight.shape[0]))
+    values, lengths = weight[row, column], torch.bincount(row, minlength=weight.shape[0])
+    return values, column.int(), _offsets(lengths), _not_finite(values)
 
 
-def _nonzeros_c(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _nonzeros_c(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     weight = weight.contiguous()
     offsets = torch.empty(weight.shape[0] + 1, dtype=torch.int32)
     threads = torch.get_num_threads() if weight.numel() > SMALL else 1
     call("count_nonzeros", weight, *weight.shape, offsets, threads=threads)
     columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
     values = torch.empty(columns.shape)
-    call("take_nonzeros", weight, *weight.shape, offsets, columns, values, threads=threads)
-    return values, columns, offsets
+    wrong = call("take_nonzeros", weight, *weight.shape, offsets, columns, values, threads=threads)
+    return values, columns, offsets, wrong
 
 
 def _orders(shape: tuple[int, int], columns: Tensor, offsets: Tensor) -> tuple[Order, Order, Tensor]:

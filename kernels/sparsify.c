@@ -17,6 +17,7 @@ typedef uint64_t longs __attribute__((vector_size(32)));
 #define LANES 8
 #define WORD 32       /* entries that are compared at once, a bit of a word each */
 #define GROUPS 16     /* whose greatest entries bound the j-th greatest of a row from below, for j up to GROUPS */
+#define ACROSS 16     /* lines whose greatest entries are found together */
 #define TILE 64       /* columns whose greatest entries stay in the L1 cache */
 #define AT_ONCE 4     /* rows of a column's entries that are sorted in together */
 #define PIECE 65536   /* entries of a unit of parallel work, more or less */
@@ -125,6 +126,20 @@ static inline __attribute__((always_inline)) int64_t gather(const int32_t *x, in
     return next - places;
 }
 
+/* Keeps the j greatest of what `top` holds and n new ones in each lane, falling; its vectors are `stride` apart. */
+static inline __attribute__((always_inline)) void sort_in(ints *top, int64_t stride, int64_t j, ints *new,
+                                                          const int n) {
+    for (int64_t i = 0; i < j; i++) {
+        ints most = top[i * stride];
+        for (int r = 0; r < n; r++) {
+            ints other = least(most, new[r]);
+            most = greatest(most, new[r]);
+            new[r] = other;
+        }
+        top[i * stride] = most;
+    }
+}
+
 /* At most the j-th greatest magnitude of a row, and at least 1: the j-th of the greatest of GROUPS groups. */
 static int32_t row_bound(const int32_t *x, int64_t n, int64_t j) {
     union { ints vector[GROUPS / LANES]; int32_t group[GROUPS]; } top = {{{0}}}, reach = {{{0}}};
@@ -141,19 +156,36 @@ static int32_t row_bound(const int32_t *x, int64_t n, int64_t j) {
     return (int32_t)smaller(bound, INFINITE + 1);
 }
 
-/* Lets a floor keep the j greatest nonzeros of a line of n keys; those of equal keys that come first. None of them is
-   below `bound`. `at` says where the keys are (null: one after another), and `best` holds j places. */
-static void force(int32_t *keys, const int32_t *at, int64_t n, int64_t j, int32_t bound, int32_t *best) {
-    int64_t n_best = 0;
-    for (int64_t i = 0; i < n; i++) {
-        int32_t place = at ? at[i] : (int32_t)i, key = keys[place] & SIGNLESS;
-        if (key < bound) continue;
-        int64_t rank = n_best < j ? n_best++ : j - 1;
-        for (; rank > 0 && (keys[best[rank - 1]] & SIGNLESS) < key; rank--) best[rank] = best[rank - 1];
-        best[rank] = place;
-        if (n_best == j) bound = (keys[best[j - 1]] & SIGNLESS) + 1;
+/* Lets a floor keep the j greatest nonzeros of each line; of equal keys those that come first. Line i has the entries
+   offsets[i] to offsets[i + 1], and `at` says where their keys are (null: in order). Lines are taken ACROSS at a time,
+   a lane each, since no branch can be predicted within one. `top` holds j * ACROSS keys. */
+static void force(int32_t *keys, const int32_t *at, const int32_t *offsets, int64_t n_lines, int64_t j, int32_t *top) {
+    for (int64_t first = 0; first < n_lines; first += ACROSS) {
+        int32_t from[ACROSS] = {0}, length[ACROSS] = {0}, longest = 0;
+        for (int64_t l = 0; l < smaller(ACROSS, n_lines - first); l++) {
+            from[l] = offsets[first + l];
+            length[l] = offsets[first + l + 1] - from[l];
+            longest = length[l] > longest ? length[l] : longest;
+        }
+        memset(top, 0, j * ACROSS * sizeof(int32_t));
+        for (int32_t i = 0; i < longest; i++) {
+            union { ints vector[ACROSS / LANES]; int32_t lane[ACROSS]; } new;
+            for (int l = 0; l < ACROSS; l++) {
+                int32_t inside = i < length[l], e = (from[l] + i) * inside; /* past a line's end: any key, as 0 */
+                new.lane[l] = keys[at ? at[e] : e] & SIGNLESS & -inside;
+            }
+            for (int v = 0; v < ACROSS / LANES; v++) sort_in((ints *)top + v, ACROSS / LANES, j, new.vector + v, 1);
+        }
+        for (int l = 0; l < ACROSS; l++) {
+            int32_t last = top[(j - 1) * ACROSS + l], ties = 0;
+            for (int64_t i = 0; last && i < j; i++) ties += top[i * ACROSS + l] == last;
+            for (int32_t e = from[l]; e < from[l] + length[l]; e++) {
+                int32_t *place = keys + (at ? at[e] : e), key = *place & SIGNLESS, tied = key == last;
+                ties -= tied;
+                *place &= (key > last) | (tied & (ties >= 0)) ? SIGNLESS : -1;
+            }
+        }
     }
-    for (int64_t i = 0; i < n_best; i++) keys[best[i]] &= SIGNLESS;
 }
 
 /* The j greatest magnitudes of each of `width` neighbouring columns, falling: `top` (j, TILE). */
@@ -174,15 +206,7 @@ static void column_tops(const int32_t *x, int64_t rows, int64_t stride, int64_t 
             ints new[AT_ONCE];
             for (int r = 0; r < AT_ONCE; r++)
                 new[r] = least(*(const ints *)(in[r] + c) & SIGNLESS, (ints){0} + (INFINITE + 1));
-            for (int64_t i = 0; i < j; i++) {
-                ints *kept = (ints *)(top + i * TILE + c), most = *kept;
-                for (int r = 0; r < AT_ONCE; r++) {
-                    ints other = least(most, new[r]);
-                    most = greatest(most, new[r]);
-                    new[r] = other;
-                }
-                *kept = most;
-            }
+            sort_in((ints *)(top + c), TILE / LANES, j, new, AT_ONCE);
         }
     }
 }
@@ -227,16 +251,17 @@ static int64_t bound_columns(const projection *p, int64_t tile, int32_t *top) {
 
 /* Gathers from piece i what reaches `bound` and what the floors need. Where a column's floor has a choice among equal
    entries all of them are kept, unless pieces come in turn. Returns how many the floors of columns keep. */
-static int64_t gather_piece(const projection *p, int64_t i, int32_t bound, int in_turn, int32_t *best) {
+static int64_t gather_piece(const projection *p, int64_t i, int32_t bound, int in_turn, int32_t *offsets,
+                            int32_t *top) {
     int64_t first = i * p->piece, size = smaller(p->piece, p->n - first), n_found = 0, n_forced = 0;
     int64_t run = p->min_per_row || p->min_per_column ? p->columns : size, j = p->min_per_row;
+    offsets[0] = 0;
     for (int64_t from = 0; from < size; from += run) {
         const int32_t *x = p->x + first + from, *bounds = p->min_per_column ? p->column_bounds : 0;
         int32_t *places = p->places + first + n_found, *keys = p->keys + first + n_found;
-        int32_t needed = j ? row_bound(x, run, j) : INT32_MAX, lowest = (int32_t)smaller(bound, needed);
+        int32_t lowest = j ? (int32_t)smaller(bound, row_bound(x, run, j)) : bound;
         int64_t more = bounds ? gather(x, run, lowest, bounds, from, places) : gather(x, run, lowest, 0, from, places);
         for (int64_t e = 0; e < more; e++) keys[e] = magnitude(x[places[e] - from]) | UNFORCED;
-        if (j) force(keys, 0, more, j, needed, best);
         for (int64_t e = 0; bounds && e < more; e++) {
             int64_t column = places[e] - from;
             int32_t key = keys[e] & SIGNLESS;
@@ -245,7 +270,9 @@ static int64_t gather_piece(const projection *p, int64_t i, int32_t bound, int i
             n_forced += keeps;
         }
         n_found += more;
+        offsets[from / run + 1] = (int32_t)n_found;
     }
+    if (j) force(p->keys + first, 0, offsets, size / run, j, top);
     p->n_found[i] = n_found;
     return n_forced;
 }
@@ -299,23 +326,24 @@ void project(int32_t *x, int64_t n, int64_t columns, int64_t k, int64_t min_per_
     int64_t due = 0, forced = 0; /* how many the floors of columns should keep, and do */
 #pragma omp parallel num_threads(threads)
     {
-        int32_t *best = malloc(larger(min_per_row, min_per_column * TILE) * sizeof(int32_t));
+        int32_t *top = malloc(larger(min_per_row * ACROSS, min_per_column * TILE) * sizeof(int32_t));
+        int32_t *offsets = malloc((piece / columns + 2) * sizeof(int32_t));
 #pragma omp for schedule(dynamic) reduction(+ : due)
-        for (int64_t tile = 0; tile < n_tiles; tile++) due += bound_columns(&p, tile, best);
+        for (int64_t tile = 0; tile < n_tiles; tile++) due += bound_columns(&p, tile, top);
 #pragma omp for schedule(dynamic) reduction(+ : forced)
-        for (int64_t i = 0; i < n_pieces; i++) forced += gather_piece(&p, i, bound, 0, best);
+        for (int64_t i = 0; i < n_pieces; i++) forced += gather_piece(&p, i, bound, 0, offsets, top);
 #pragma omp single
         {
             int64_t total = join(&p);
             if (forced > due || (bound > 1 && count(p.keys, total, bound | UNFORCED) < k)) {
-                for (int64_t i = 0; i < n_pieces; i++) gather_piece(&p, i, 1, 1, best);
+                for (int64_t i = 0; i < n_pieces; i++) gather_piece(&p, i, 1, 1, offsets, top);
                 total = join(&p);
             }
             least_kept = cut(p.keys, total, k);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < n_pieces; i++) write_piece(&p, i, least_kept);
-        free(best);
+        free(top), free(offsets);
     }
     free(bounds), free(found);
     if (2 * n > KEPT) free(scratch);
@@ -326,17 +354,14 @@ void project_support(int32_t *values, const int32_t *row_offsets, const int32_t 
                      const int32_t *to_column_major, int64_t rows, int64_t columns, int64_t k, int64_t min_per_row,
                      int64_t min_per_column) {
     int32_t n = row_offsets[rows];
-    int32_t *keys = malloc(n * sizeof(int32_t)), *best = malloc(larger(min_per_row, min_per_column) * sizeof(int32_t));
+    int32_t *keys = malloc(n * sizeof(int32_t));
+    int32_t *top = malloc(larger(min_per_row, min_per_column) * ACROSS * sizeof(int32_t));
     for (int32_t e = 0; e < n; e++) keys[e] = magnitude(values[e]) | UNFORCED;
-    for (int64_t row = 0; min_per_row && row < rows; row++)
-        force(keys + row_offsets[row], 0, row_offsets[row + 1] - row_offsets[row], min_per_row, 1, best);
-    for (int64_t c = 0; min_per_column && c < columns; c++) {
-        int32_t from = column_offsets[c], to = column_offsets[c + 1];
-        force(keys, to_column_major + from, to - from, min_per_column, 1, best);
-    }
+    if (min_per_row) force(keys, 0, row_offsets, rows, min_per_row, top);
+    if (min_per_column) force(keys, to_column_major, column_offsets, columns, min_per_column, top);
     int32_t least_kept = cut(keys, n, k);
     for (int32_t e = 0; e < n; e++) values[e] = keys[e] >= least_kept ? values[e] : 0;
-    free(keys), free(best);
+    free(keys), free(top);
 }
 
 /* Lines from longest to shortest, those of equal length in order. */
@@ -385,23 +410,26 @@ void count_nonzeros(const int32_t *x, int64_t rows, int64_t columns, int32_t *of
     for (int64_t row = 0; row < rows; row++) offsets[row + 1] += offsets[row];
 }
 
-/* The columns and values of the nonzeros of x, row by row. */
-void take_nonzeros(const int32_t *x, int64_t rows, int64_t columns, const int32_t *offsets, int32_t *indices,
-                   int32_t *values, int32_t threads) {
+/* The columns and values of the nonzeros of x, row by row. Returns how many of them are not finite. */
+int32_t take_nonzeros(const int32_t *x, int64_t rows, int64_t columns, const int32_t *offsets, int32_t *indices,
+                      int32_t *values, int32_t threads) {
+    int32_t wrong = 0;
 #pragma omp parallel num_threads(threads)
     {
         int32_t *places = malloc(columns * sizeof(int32_t));
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) reduction(+ : wrong)
         for (int64_t row = 0; row < rows; row++) {
             const int32_t *in = x + row * columns;
             int64_t n = gather(in, columns, 1, 0, 0, places), first = offsets[row];
             for (int64_t e = 0; e < n; e++) {
                 indices[first + e] = places[e];
                 values[first + e] = in[places[e]];
+                wrong += (in[places[e]] & SIGNLESS) >= INFINITE;
             }
         }
         free(places);
     }
+    return wrong;
 }
 
 /* The places of the values that are not zero, and the offsets of their rows. */

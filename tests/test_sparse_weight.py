@@ -5,12 +5,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsetrain.kernels import sparse_weight
 from sparsetrain.kernels.sparse_weight import SparseWeight
 
 
 def masked(m: int, k: int, density: float, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(m, k, generator=generator) * (torch.rand(m, k, generator=generator) < density)
+
+
+def tensors_of(weight: SparseWeight) -> list[torch.Tensor]:
+    orders = [t for o in (weight.rows, weight.columns) for t in (o.offsets, o.indices, o.by_length)]
+    return [weight.values, weight.to_column_major, *orders]
+
+
+def assert_same(a: SparseWeight, b: SparseWeight) -> None:
+    assert a.shape == b.shape
+    for x, y in zip(tensors_of(a), tensors_of(b), strict=True):
+        assert torch.equal(x, y) and x.dtype == y.dtype and x.is_contiguous()
+
+
+SIZES = [(0, 3), (3, 0), (1, 1), (1, 500), (500, 1), (63, 17), (40, 130), (700, 300)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -34,6 +49,56 @@ def test_both_orders_hold_the_same_matrix(m, k, density, seed):
         lengths = order.offsets.diff()[order.by_length.long()]
         assert sorted(order.by_length.tolist()) == list(range(order.n_lines))
         assert (lengths.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("m, k", SIZES)
+@pytest.mark.parametrize("density", [0, 0.02, 0.3, 1])
+def test_c_and_torch_build_the_same(m, k, density, monkeypatch):
+    dense = masked(m, k, density)
+    with monkeypatch.context() as patch:
+        patch.setattr(sparse_weight, "library", lambda: None)
+        expected = SparseWeight.from_dense(dense)
+        by_rows = SparseWeight.from_rows((m, k), expected.values, expected.rows.indices, expected.rows.offsets)
+    before = torch.get_num_threads()
+    patched = pytest.MonkeyPatch()
+    patched.setattr(sparse_weight, "SMALL", 0)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert_same(SparseWeight.from_dense(dense), expected)
+            assert_same(SparseWeight.from_dense(dense.t().contiguous().t()), expected)
+    finally:
+        torch.set_num_threads(before)
+        patched.undo()
+    assert_same(by_rows, expected)
+    assert_same(SparseWeight.from_rows((m, k), expected.values, expected.rows.indices, expected.rows.offsets), expected)
+
+
+@pytest.mark.parametrize("m, k", SIZES)
+@pytest.mark.parametrize("zeros", [0, 0.5, 1])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_without_zeros_is_the_weight_of_what_is_left(m, k, zeros, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(sparse_weight, "library", lambda: None)
+    whole = SparseWeight.from_dense(masked(m, k, 0.4))
+    values = whole.values * (torch.rand(whole.n_nonzero, generator=torch.Generator().manual_seed(1)) >= zeros)
+    weight = whole.with_values(values.requires_grad_())
+    left, positions = weight.without_zeros()
+    assert_same(left, SparseWeight.from_dense(weight.to_dense()))
+    assert positions.dtype == torch.int32 and torch.equal(positions, values.nonzero().flatten().int())
+    (grad,) = torch.autograd.grad(left.values.sum(), values)
+    assert torch.equal(grad, (values != 0).float())
+
+
+def test_to_moves_every_tensor():
+    weight = SparseWeight.from_dense(masked(5, 7, 0.4).requires_grad_())
+    assert weight.to("cpu") is weight
+    moved = weight.to("meta")
+    assert {t.device.type for t in tensors_of(moved)} == {"meta"}
+    assert [(t.shape, t.dtype) for t in tensors_of(moved)] == [(t.shape, t.dtype) for t in tensors_of(weight)]
+    assert moved.shape == weight.shape and moved.values.requires_grad
+    if torch.cuda.is_available():
+        assert_same(weight.to("cuda").to("cpu"), weight)
 
 
 def test_from_rows_keeps_stored_zeros_and_takes_both_integer_types():
@@ -83,8 +148,9 @@ def test_wrong_indices_are_refused(columns, offsets, message):
 
 
 def test_wrong_values_are_refused():
-    with pytest.raises(ValueError, match="values must be finite, got 1 that are not"):
-        SparseWeight.from_dense(torch.tensor([[1.0, torch.nan]]))
+    for wrong in (torch.tensor([[1.0, torch.nan]]), torch.tensor([[-torch.inf], [0.0]]).double()):
+        with pytest.raises(ValueError, match="values must be finite, got 1 that are not"):
+            SparseWeight.from_dense(wrong)
     with pytest.raises(ValueError, match=r"weight must be a matrix of floats, got torch.int64 of shape \(1, 1\)"):
         SparseWeight.from_dense(torch.tensor([[1]]))
     with pytest.raises(ValueError, match=r"weight must be a matrix of floats, got torch.float32 of shape \(3,\)"):
