@@ -11,7 +11,7 @@ FLOORS = [
     {"config", "task_fragments", "machine"},
     {"data", "model", "task_prompts"},
     {"sparsity", "checkpoint", "tasks"},
-    {"optim", "record", "threads"},
+    {"optim", "record", "threads", "memory"},
     {"train", "pruning", "bench"},
     {"analysis"},
     {"cli"},
