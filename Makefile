@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 TASK ?= single_double_quote
-GPU_TESTS := tests/test_kernels.py tests/test_sparse_linear.py tests/test_slabs.py tests/test_triton_topk.py
+GPU_TESTS := tests/test_kernels.py tests/test_tiles.py tests/test_sparse_linear.py tests/test_slabs.py tests/test_triton_topk.py
 
 .PHONY: demo test bench gpu lint clean
 

@@ -6,8 +6,6 @@ their definitions, and the products run on torch's embedding_bag, the study's ch
 times (docs/log.md, 2026-11-21).
 """
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,8 +37,8 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     elif x.dtype == torch.float32:
         _tile_topk("nothing", x, out, k)
     else:
-        *blocks, tokens, width = x.shape
-        _call("abs_topk_down", x.dtype, x, out, math.prod(blocks), width, tokens, k, threads=_threads(16 * x.numel()))
+        blocks, width, tokens, _, _ = _tile_sizes(x)
+        _call("tile_topk", x.dtype, x, out, blocks, width, tokens, k, threads=_threads(16 * x.numel()))
     return out
 
 

@@ -24,6 +24,7 @@ typedef float row[16] __attribute__((aligned(32))); /* one channel of a tile */
 #define SIGNLESS 0x7fffffff
 #define UPPER 0x7fff0000
 #define FLUSH 16384     /* rows whose count fits 16 bits */
+#define SOON 16         /* channels between a prefetch and its use: each lies on a page of its own or nearly */
 #define UNIT 64         /* tokens of one unit of parallel work, whose gradient of the gain is one sum */
 #define PART 4096       /* entries of one, where no columns matter */
 #define FEW 16          /* terms that are summed by themselves */
@@ -41,7 +42,7 @@ static inline int column_of(int lane) { return (lane & 1) * LANES + lane / 2; }
 static void load(const float *x, int64_t d, int64_t step, int64_t stride, int width, row *tile) {
     if (stride == 1 && width == ACROSS) {
         for (int64_t i = 0; i < d; i++) {
-            __builtin_prefetch(x + (i + 16) * step);
+            __builtin_prefetch(x + (i + SOON) * step);
             *half(tile, i, 0) = *(const floats *)(x + i * step);
             *half(tile, i, 1) = *(const floats *)(x + i * step + LANES);
         }
@@ -61,7 +62,7 @@ static void load(const float *x, int64_t d, int64_t step, int64_t stride, int wi
 static void store(row *tile, float *y, int64_t d, int64_t step, int64_t stride, int width) {
     if (stride == 1 && width == ACROSS) {
         for (int64_t i = 0; i < d; i++) {
-            __builtin_prefetch(y + (i + 16) * step, 1);
+            __builtin_prefetch(y + (i + SOON) * step, 1);
             memcpy(y + i * step, tile[i], sizeof(row));
         }
         return;
@@ -115,8 +116,10 @@ static void search(const keys *key, int64_t d, int64_t k, int32_t *guess, Bounds
             int32_t less = (int32_t)k - at->n_high[l], next = (low + high) / 2;
             if (pass == 0)
                 next = guess[l];
-            else if (pass < PATIENCE)
-                next = at->n_high[l] == 0 ? low + more * leap : low == 0 ? high - less * leap : low + (int32_t)((float)(high - low) * ((float)more + 0.5f) / (float)(more + less));
+            else if (pass < PATIENCE) {
+                int32_t between = (int32_t)((float)(high - low) * ((float)more + 0.5f) / (float)(more + less));
+                next = at->n_high[l] == 0 ? low + more * leap : low == 0 ? high - less * leap : low + between;
+            }
             next = next < high ? next : high - 1;
             middle.lane[l] = (int16_t)(next > low ? next : low + 1);
             unfinished |= (high - low > 1) & (more != 0);
@@ -304,6 +307,53 @@ void tile_topk_float32(const float *x, float *out, const float *gain, float *sca
     }
 }
 
+/* Without a call where all 16 are copied. */
+static inline void copy_keys(void *to, const void *from, int64_t bytes) {
+    if (bytes == sizeof(keys))
+        memcpy(to, from, sizeof(keys));
+    else
+        memcpy(to, from, bytes);
+}
+
+/* out = AbsTopK(x) down the channels of channel-major bf16, whose magnitudes are keys themselves. */
+void tile_topk_bfloat16(const int16_t *x, int16_t *out, int64_t blocks, int64_t d, int64_t tokens, int64_t k,
+                        int32_t threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Work w = work_for(d, 1);
+        keys *in = (keys *)w.tile;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < n_units(blocks, tokens); i++) {
+            Unit u = unit_of(i, tokens);
+            for (int64_t t = u.first; t < u.end; t += ACROSS) {
+                int64_t at = u.block * d * tokens + t, bytes = smaller(ACROSS, u.end - t) * 2;
+                for (int64_t c = 0; c < d; c++) {
+                    __builtin_prefetch(x + at + (c + SOON) * tokens);
+                    in[c] = (keys){0};
+                    copy_keys(in + c, x + at + c * tokens, bytes);
+                    w.key[c] = in[c] & 0x7fff;
+                }
+                Bounds found;
+                union { keys vector; int16_t lane[ACROSS]; } least;
+                search(w.key, d, k, w.guess, &found);
+                for (int l = 0; l < ACROSS; l++) least.lane[l] = (int16_t)found.low[l];
+                for (int64_t c = 0; c < d; c++) in[c] &= w.key[c] >= least.vector;
+                for (int l = 0; l < ACROSS; l++)
+                    for (int64_t c = d - 1; found.n_low[l] > k && found.low[l] && c >= 0; c--)
+                        if (((int16_t *)(w.key + c))[l] == found.low[l]) {
+                            ((int16_t *)(in + c))[l] = 0;
+                            found.n_low[l]--;
+                        }
+                for (int64_t c = 0; c < d; c++) {
+                    __builtin_prefetch(out + at + (c + SOON) * tokens, 1);
+                    copy_keys(out + at + c * tokens, in + c, bytes);
+                }
+            }
+        }
+        free(w.memory);
+    }
+}
+
 /* The gradients at x and gain; `out` is NULL where all entries were kept. */
 void norm_abs_topk_backward_float32(const float *grad, const float *x, const float *gain, const float *scales,
                                     const float *out, float *x_grad, float *gain_grad, int64_t blocks, int64_t d,
@@ -336,8 +386,10 @@ void norm_abs_topk_backward_float32(const float *grad, const float *x, const flo
                     }
                 for (int h = 0; h < 2; h++) *half(&along, 0, h) *= *half(&scale, 0, h) / (float)d;
                 for (int64_t c = 0; c < d; c++)
-                    for (int h = 0; h < 2; h++)
-                        *half(dy, c, h) = *half(&scale, 0, h) * (*half(dy, c, h) * gain[c] - *half(in, c, h) * *half(&along, 0, h));
+                    for (int h = 0; h < 2; h++) {
+                        floats *g = half(dy, c, h);
+                        *g = *half(&scale, 0, h) * (*g * gain[c] - *half(in, c, h) * *half(&along, 0, h));
+                    }
                 store(dy, x_grad + at, d, step, stride, width);
             }
         }
@@ -364,8 +416,8 @@ void gelu_abs_topk_backward_float32(const float *grad, const float *x, const flo
     for (int64_t part = 0; part < parts; part++) {
         int64_t i = part * PART, end = smaller(i + PART, n);
         for (; i + LANES <= end; i += LANES) {
-            floats slope = gelu_slope(*(const floats *)(x + i));
-            *(floats *)(x_grad + i) = choose(*(const floats *)(out + i) != 0, *(const floats *)(grad + i) * slope, (floats){0});
+            floats passed = *(const floats *)(grad + i) * gelu_slope(*(const floats *)(x + i));
+            *(floats *)(x_grad + i) = choose(*(const floats *)(out + i) != 0, passed, (floats){0});
         }
         for (; i < end; i++) x_grad[i] = out[i] != 0 ? grad[i] * gelu_slope((floats){x[i]})[0] : 0;
     }
@@ -409,8 +461,10 @@ void next_token_loss_float32(const float *logits, const float *table, const int6
                 row most, sum = {0}, right = {0};
                 memcpy(most, tile[0], sizeof(row));
                 for (int64_t v = 1; v < vocab; v++)
-                    for (int h = 0; h < 2; h++)
-                        *half(&most, 0, h) = choose(*half(tile, v, h) > *half(&most, 0, h), *half(tile, v, h), *half(&most, 0, h));
+                    for (int h = 0; h < 2; h++) {
+                        floats *m = half(&most, 0, h), value = *half(tile, v, h);
+                        *m = choose(value > *m, value, *m);
+                    }
                 for (int j = 0; j < width; j++) right[j] = tile[target[place + j]][j] - most[j];
                 for (int64_t from = 0; from < vocab; from += FEW) {
                     row some = {0}; /* few are summed at a time, for precision */

@@ -1,16 +1,12 @@
-/* Exact selection of the k entries of greatest magnitude in each row, or in each column, for CPUs.
+/* Exact selection of the k entries of greatest magnitude in each row, for CPUs; tiles.c selects in columns.
  *
  * The magnitudes of IEEE floats order like their bits without the sign, so the k-th largest is found by bisecting
- * an integer threshold; each step counts one row, which stays in the L1 cache and vectorises. Columns are taken 16 at
- * a time, each with a threshold of its own. Ties at the threshold go to the lowest index. NaN counts as larger than
- * every number.
+ * an integer threshold; each step counts one row, which stays in the L1 cache and vectorises. Ties at the threshold
+ * go to the lowest index. NaN counts as larger than every number.
  */
 #ifndef WORD /* The file includes itself, once for each type of float: see its end. */
 #include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 
-#define ACROSS 16   /* columns taken together: two vectors of fp32, one of bf16 */
 #define FLUSH 16384 /* rows whose count fits the smallest type */
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -18,9 +14,6 @@ static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 #define NAMED(name) JOIN(name, SUFFIX)
-
-typedef int32_t lanes_float32 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int16_t lanes_bfloat16 __attribute__((vector_size(32), aligned(2), may_alias));
 
 #define WORD uint32_t
 #define COUNT int32_t
@@ -31,8 +24,6 @@ typedef int16_t lanes_bfloat16 __attribute__((vector_size(32), aligned(2), may_a
 #undef COUNT
 #undef SIGNLESS
 #undef SUFFIX
-#undef LANES
-#undef VECTORS
 #define WORD uint16_t
 #define COUNT int16_t
 #define SIGNLESS 0x7fffu
@@ -85,86 +76,6 @@ static void NAMED(keep)(const WORD *restrict x, WORD *restrict y, int64_t d, int
             y[i] = 0;
             kept--;
         }
-    }
-}
-
-#define LANES NAMED(lanes)
-#define VECTORS (ACROSS * (int)sizeof(WORD) / 32)
-
-/* The same down each of `width` neighbouring columns of a matrix of d rows, `stride` apart; `copy` holds the
-   magnitudes, d * VECTORS. */
-static void NAMED(keep_down)(const WORD *x, WORD *y, int64_t d, int64_t stride, int width, int64_t k, LANES *copy) {
-    WORD padded[ACROSS] = {0};
-    union { LANES vector[VECTORS]; COUNT lane[ACROSS]; } top = {{{0}}}, middle = {{{0}}}, some;
-    for (int64_t i = 0; i < d; i++) {
-        const WORD *row = x + i * stride;
-        if (width < ACROSS) row = memcpy(padded, row, width * sizeof(WORD));
-        for (int v = 0; v < VECTORS; v++) {
-            LANES magnitude = ((const LANES *)row)[v] & (COUNT)SIGNLESS, greater = magnitude > top.vector[v];
-            copy[i * VECTORS + v] = magnitude;
-            top.vector[v] = (magnitude & greater) | (top.vector[v] & ~greater);
-        }
-    }
-    int64_t low[ACROSS] = {0}, high[ACROSS], kept[ACROSS];
-    for (int c = 0; c < ACROSS; c++) {
-        high[c] = (int64_t)top.lane[c] + 1;
-        kept[c] = d;
-    }
-    for (int unfinished = 1; unfinished;) {
-        int64_t above[ACROSS] = {0};
-        unfinished = 0;
-        for (int c = 0; c < width; c++) {
-            unfinished |= high[c] - low[c] > 1 && kept[c] != k;
-            middle.lane[c] = (COUNT)((low[c] + high[c]) / 2);
-        }
-        for (int64_t from = 0; unfinished && from < d; from += FLUSH) {
-            for (int v = 0; v < VECTORS; v++) {
-                LANES sum = {0};
-                for (int64_t i = from; i < smaller(from + FLUSH, d); i++)
-                    sum -= copy[i * VECTORS + v] >= middle.vector[v]; /* true is -1 */
-                some.vector[v] = sum;
-            }
-            for (int c = 0; c < ACROSS; c++) above[c] += some.lane[c];
-        }
-        for (int c = 0; c < width; c++)
-            if (high[c] - low[c] > 1 && kept[c] != k) {
-                if (above[c] >= k) {
-                    low[c] = middle.lane[c];
-                    kept[c] = above[c];
-                } else {
-                    high[c] = middle.lane[c];
-                }
-            }
-    }
-    for (int c = 0; c < ACROSS; c++) middle.lane[c] = (COUNT)low[c];
-    for (int64_t i = 0; i < d; i++) {
-        const WORD *row = x + i * stride;
-        if (width < ACROSS) row = memcpy(padded, row, width * sizeof(WORD));
-        for (int v = 0; v < VECTORS; v++)
-            some.vector[v] = ((const LANES *)row)[v] & (copy[i * VECTORS + v] >= middle.vector[v]);
-        memcpy(y + i * stride, &some, width * sizeof(WORD));
-    }
-    for (int c = 0; c < width; c++)
-        for (int64_t i = d - 1; kept[c] > k && i >= 0; i--)
-            if (((COUNT *)(copy + i * VECTORS))[c] == (COUNT)low[c]) {
-                y[i * stride + c] = 0;
-                kept[c]--;
-            }
-}
-
-/* out = AbsTopK(in) down the columns of `blocks` matrices of d rows and `tokens` columns. */
-void NAMED(abs_topk_down)(const WORD *in, WORD *out, int64_t blocks, int64_t d, int64_t tokens, int64_t k,
-                          int32_t threads) {
-    int64_t tiles = (tokens + ACROSS - 1) / ACROSS;
-#pragma omp parallel num_threads(threads)
-    {
-        LANES *copy = malloc(d * VECTORS * sizeof(LANES));
-#pragma omp for schedule(dynamic, 4)
-        for (int64_t tile = 0; tile < blocks * tiles; tile++) {
-            int64_t column = tile % tiles * ACROSS, start = tile / tiles * d * tokens + column;
-            NAMED(keep_down)(in + start, out + start, d, tokens, (int)smaller(ACROSS, tokens - column), k, copy);
-        }
-        free(copy);
     }
 }
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsetrain import checkpoint, machine, sparsity
+from sparsetrain import checkpoint, machine, memory, sparsity
 from sparsetrain.candidates import finish_refill_, start_refill
 from sparsetrain.config import ConfigError, RunConfig, config_to_dict, config_to_yaml, known_keys, load_config
 from sparsetrain.data import Corpus, batch, evaluation_batches, file_hash, prepare
@@ -257,6 +257,8 @@ def _describe(run_dir: Path, run: Training) -> None:
 
 def _loop(run: Training) -> None:
     c = run.config
+    if run.device.type == "cpu":
+        memory.keep_freed()
     loss_of = _compiled(run.model.loss) if c.run.compile else run.model.loss
     tokens = run.corpus.tokens("train")
     threads = Threads(c.run.threads if run.device.type == "cpu" else torch.get_num_threads())

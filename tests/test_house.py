@@ -11,7 +11,7 @@ FLOORS = [
     {"config", "linear", "task_fragments", "machine"},
     {"data", "model", "task_prompts"},
     {"sparsity", "checkpoint", "tasks"},
-    {"candidates", "optim", "record", "threads"},
+    {"candidates", "memory", "optim", "record", "threads"},
     {"train", "pruning", "bench"},
     {"analysis"},
     {"cli"},

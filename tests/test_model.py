@@ -85,6 +85,17 @@ def test_the_forward_pass_equals_the_papers(overrides):
     torch.testing.assert_close(model(tokens()), reference_forward(model, tokens()), rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("overrides", [(), ("model.bigram=false",), ("model.positions=concat", "model.d_pos=4")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_is_the_cross_entropy_of_the_logits_and_so_are_its_gradients(overrides, dtype):
+    model, targets = build(*overrides, dtype=dtype), tokens().flip(1)
+    ours, theirs = model.loss(tokens(), targets), F.cross_entropy(model(tokens()).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(ours, theirs)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_without_biases_the_model_has_none():
     assert not any("bias" in name for name, _ in build("model.bias=false").named_parameters())
 
