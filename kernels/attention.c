@@ -1,11 +1,11 @@
 /* Causal attention with sinks on channel-major activations, for CPUs.
  *
  * q, k, v and z are (sequences, channels, tokens) with the tokens contiguous; vectors run along the queries. A head is
- * copied into tiles that stay in cache, (channels, TILE) of queries or (channels, keys of a block), with one bit for
- * each entry of k and v that is not zero: products read the rows whose bits are set and skip the others. Nothing of
- * tokens x tokens is kept: the forward pass rescales its sums as the greatest logit grows, and saves that logit and
- * the reciprocal of the sum; the backward pass recomputes the probabilities. A head belongs to one thread, so results
- * do not depend on the number of threads.
+ * copied to blocks that stay in cache, (channels, tokens of a block). Where few entries of k or v are not zero, as
+ * after AbsTopK, each has a bit, and products read the rows whose bits are set alone. Nothing of tokens x tokens is
+ * kept: the forward pass rescales its sums as the greatest logit grows, and saves that logit and the reciprocal of the
+ * sum; the backward pass recomputes the probabilities. A head belongs to one thread, so results do not depend on how
+ * many there are.
  */
 #include <math.h>
 #include <stdint.h>
@@ -14,14 +14,15 @@
 
 typedef float floats __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(32), aligned(4), may_alias));
-typedef uint32_t word; /* one bit for each of WORD entries */
+typedef uint32_t word; /* a bit for each of WORD entries */
 
 #define LANES 8
 #define WORD 32
-#define TILE 64       /* queries of a tile of the forward pass, and keys of a block: 16 KB of scores */
-#define HALF 32       /* keys of a word: where the diagonal of a tile is cut */
-#define KEYS 16       /* keys of a block of the backward pass */
-#define CHUNK 128     /* queries of a chunk of the backward pass: 8 KB of probabilities, 8 KB of their gradients */
+#define TILE 64   /* queries of a tile and keys of a block in the forward pass: 16 KB of scores */
+#define HALF 32   /* queries of half a tile: of the keys of their own block they see at least one word */
+#define KEYS 16   /* keys of a block of the backward pass */
+#define CHUNK 128 /* queries of a block of the backward pass: 8 KB of probabilities */
+#define DENSE 0.75 /* share of entries that are not zero above which bits do not pay */
 #define LOG2E 1.44269504088896f
 #define LN2 0.693147180559945f
 #define INLINE static inline __attribute__((always_inline))
@@ -35,52 +36,100 @@ typedef uint32_t word; /* one bit for each of WORD entries */
 static const ints ORDER = {0, 1, 2, 3, 4, 5, 6, 7};
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE float greater(float a, float b) { return a > b ? a : b; }
 INLINE int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE floats load(const float *p) { return *(const floats *)p; }
+/* For what is used more than once: gcc would load it anew each time. */
+INLINE floats load_once(const float *p) { return *(const volatile floats *)p; }
 INLINE void store(float *p, floats a) { *(floats *)p = a; }
 INLINE floats only(floats a, ints mask) { return (floats)((ints)a & mask); }
 
+/* An address that gcc keeps in a register: it would compute those of the vectors after it one by one. */
+INLINE float *base(const float *p) {
+    __asm__("" : "+r"(p));
+    return (float *)p;
+}
+
+/* Of `exponential`: what rounds to an integer and puts it in the low bits, the least argument, a polynomial. Volatile,
+   since gcc would load each anew at each use rather than keep it in a register. */
+static const volatile float POWER[8] = {0x1.8p23f,      -126.0f,        1.32647157e-3f, 9.67151299e-3f,
+                                        5.55073395e-2f, 2.40222424e-1f, 6.93147004e-1f, 1.0f};
+typedef struct {
+    float c[8];
+} Power;
+
+INLINE Power power(void) {
+    Power of_two;
+    UNROLL for (int i = 0; i < 8; i++) of_two.c[i] = POWER[i];
+    return of_two;
+}
+
 /* 2^x for x <= 0: relative error below 2e-7; 0 below 2^-126 and at -infinity, NaN at NaN. */
-INLINE floats exp2_(floats x) {
-    floats shifted = x + 0x1.8p23f; /* the nearest integer, in the low bits */
-    floats f = x - (shifted - 0x1.8p23f);
-    floats p = f * 1.32647157e-3f + 9.67151299e-3f;
-    p = p * f + 5.55073395e-2f;
-    p = p * f + 2.40222424e-1f;
-    p = p * f + 6.93147004e-1f;
-    p = p * f + 1.0f;
-    return only((floats)((ints)p + ((ints)shifted << 23)), ~(x < -126.0f));
+INLINE floats exponential(floats x, Power by) {
+    floats shifted = x + by.c[0], f = x - (shifted - by.c[0]);
+    floats p = f * by.c[2] + by.c[3];
+    p = p * f + by.c[4];
+    p = p * f + by.c[5];
+    p = p * f + by.c[6];
+    p = p * f + by.c[7];
+    return only((floats)((ints)p + ((ints)shifted << 23)), ~(x < by.c[1]));
 }
 
-INLINE floats greater(floats a, floats b) {
-    ints above = a > b;
-    return (floats)(((ints)a & above) | ((ints)b & ~above));
-}
-
-/* sums[0 .. n) += the rows whose bits are set, each times its weight; the weights are `step` apart. */
-INLINE void add_rows(floats *sums, const int n, const float *weights, int64_t step, const word *words, int64_t n_words,
+/* sums[0 .. n) += rows[i] * weights[i * step], over the i < entries whose bits are set, or over all without words. */
+INLINE void add_rows(floats *sums, const int n, const float *weights, int64_t step, const word *words, int64_t entries,
                      const float *rows, int64_t width) {
-    for (int64_t w = 0; w < n_words; w++)
-        for (word bits = words[w]; bits; bits &= bits - 1) {
-            int64_t i = WORD * w + __builtin_ctz(bits);
-            float weight = weights[i * step];
-            const float *row = rows + i * width;
-            UNROLL for (int j = 0; j < n; j++) sums[j] += load(row + j * LANES) * weight;
+    if (!words) {
+        for (int64_t i = 0; i < entries; i++) {
+            const float *row = base(rows + i * width);
+            UNROLL for (int j = 0; j < n; j++) sums[j] += load(row + j * LANES) * weights[i * step];
+        }
+        return;
+    }
+    for (int64_t start = 0; start < entries; start += WORD)
+        for (word bits = words[start / WORD]; bits; bits &= bits - 1) {
+            int64_t i = start + __builtin_ctz(bits);
+            const float *row = base(rows + i * width);
+            UNROLL for (int j = 0; j < n; j++) sums[j] += load(row + j * LANES) * weights[i * step];
         }
 }
 
-/* Copy rows (channels, tokens), `stride` apart, times `scale`, to blocks (channels, width) padded with zeros. */
-static void pack(const float *rows, int64_t stride, int64_t channels, int64_t tokens, int64_t width, float scale,
-                 float *blocks) {
+/* out[0 .. n) = the same sums. */
+INLINE void sum_rows(float *out, const int n, const float *weights, int64_t step, const word *words, int64_t entries,
+                     const float *rows, int64_t width) {
+    floats sums[8] = {{0}};
+    add_rows(sums, n, weights, step, words, entries, rows, width);
+    out = base(out);
+    UNROLL for (int j = 0; j < n; j++) store(out + j * LANES, sums[j]);
+}
+
+/* Rows (channels, tokens), `stride` apart, times `scale`, to blocks (channels, width) padded with zeros; returns the
+   share that is not zero. */
+static double pack(const float *rows, int64_t stride, int64_t channels, int64_t tokens, int64_t width, float scale,
+                   float *blocks) {
+    int32_t nonzeros = 0;
+    for (int64_t start = 0; start < tokens; start += width)
+        for (int64_t c = 0; c < channels; c++, blocks += width) {
+            const float *row = rows + c * stride + start;
+            int64_t n = smaller(width, tokens - start);
+            for (int64_t t = 0; t < n; t++) {
+                blocks[t] = row[t] * scale;
+                nonzeros += row[t] != 0;
+            }
+            for (int64_t t = n; t < width; t++) blocks[t] = 0;
+        }
+    return (double)nonzeros / (double)(channels * tokens);
+}
+
+/* Blocks (channels, width) times `scale` to rows (channels, tokens). */
+static void unpack(const float *blocks, int64_t channels, int64_t tokens, int64_t width, float scale, float *rows) {
     for (int64_t start = 0; start < tokens; start += width)
         for (int64_t c = 0; c < channels; c++, blocks += width) {
             int64_t n = smaller(width, tokens - start);
-            for (int64_t t = 0; t < n; t++) blocks[t] = rows[c * stride + start + t] * scale;
-            for (int64_t t = n; t < width; t++) blocks[t] = 0;
+            for (int64_t t = 0; t < n; t++) rows[c * tokens + start + t] = blocks[t] * scale;
         }
 }
 
-/* For each token of the blocks (channels, width), the words of its channels that are not zero. */
+/* Words of the nonzero channels of each token of blocks (channels, width). */
 static void find_channels(const float *blocks, int64_t n_blocks, int64_t channels, int64_t width, word *words) {
     int64_t n_words = ceiling(channels, WORD);
     for (int64_t b = 0; b < n_blocks; b++, blocks += channels * width)
@@ -93,7 +142,7 @@ static void find_channels(const float *blocks, int64_t n_blocks, int64_t channel
             }
 }
 
-/* For each channel of each block (channels, width), the words of its tokens that are not zero. */
+/* Words of the nonzero tokens of each channel of blocks (channels, width). */
 static void find_tokens(const float *blocks, int64_t n_blocks, int64_t channels, int64_t width, word *words) {
     for (int64_t row = 0; row < n_blocks * channels; row++, blocks += width)
         for (int64_t t = 0; t < width; t += WORD, words++) {
@@ -105,7 +154,7 @@ static void find_tokens(const float *blocks, int64_t n_blocks, int64_t channels,
         }
 }
 
-/* `count` words of 4 bytes, aligned to a cache line, from a buffer that moves on. */
+/* Room for `count` floats or words at a cache line of its own, from a buffer that moves on. */
 INLINE void *take(char **buffer, int64_t count) {
     void *taken = *buffer;
     *buffer += ceiling(count * 4, 64) * 64;
@@ -113,101 +162,112 @@ INLINE void *take(char **buffer, int64_t count) {
 }
 
 typedef struct {
-    float *q, *k, *v, *z, *scores, *greatest, *sum, *shrink;
-    word *k_words, *v_words;
+    float *q, *k, *v, *z;                      /* q and z: one tile (channels, TILE); k and v: blocks of it */
+    float *scores;                             /* (TILE keys, TILE queries) */
+    float *greatest, *sum, *shrink;            /* of each query; shrink: what a block multiplies its sums by */
+    word *k_channels, *v_tokens;
+    int k_dense, v_dense;
 } Forward;
 
+/* Lay the workspace out in `buffer`; returns its size. */
 static int64_t forward_room(Forward *s, char *buffer, int64_t tokens, int64_t channels) {
     char *at = buffer;
     int64_t padded = ceiling(tokens, TILE) * TILE;
     s->q = take(&at, channels * TILE), s->z = take(&at, channels * TILE), s->scores = take(&at, TILE * TILE);
     s->greatest = take(&at, TILE), s->sum = take(&at, TILE), s->shrink = take(&at, TILE);
     s->k = take(&at, channels * padded), s->v = take(&at, channels * padded);
-    s->k_words = take(&at, padded * ceiling(channels, WORD)), s->v_words = take(&at, padded / WORD * channels);
+    s->k_channels = take(&at, padded * ceiling(channels, WORD)), s->v_tokens = take(&at, padded / WORD * channels);
     return at - buffer;
 }
 
-/* Logits of n vectors of queries with one key, in powers of two. */
-INLINE void score(const Forward *s, const int n, const float *k, const word *words, int64_t n_words, int64_t first,
-                  float *scores) {
-    floats sums[TILE / LANES] = {{0}};
-    add_rows(sums, n, k, TILE, words, n_words, s->q + first, TILE);
-    UNROLL for (int j = 0; j < n; j++) store(scores + first + j * LANES, sums[j]);
+/* Keys after a query get a logit of -infinity. */
+static void hide(const Forward *s, int64_t keys) {
+    for (int64_t key = 0; key < keys; key++)
+        for (int64_t t = 0; t < key; t++) s->scores[key * TILE + t] = -INFINITY;
 }
 
-/* z of n vectors of queries and one channel, of which `n_words` words of keys are added. */
-INLINE void add_values(const Forward *s, const int n, const float *v, const word *words, int64_t n_words,
-                       int64_t first, float *z) {
-    floats sums[TILE / LANES];
-    UNROLL for (int j = 0; j < n; j++) sums[j] = load(z + first + j * LANES) * load(s->shrink + first + j * LANES);
-    add_rows(sums, n, v, 1, words, n_words, s->scores + first, TILE);
-    UNROLL for (int j = 0; j < n; j++) store(z + first + j * LANES, sums[j]);
-}
-
-/* Logits of 8 queries with `n` keys to exponentials, over the greatest so far; `cut`: the last 8 are the diagonal. */
-INLINE void exponentiate(const Forward *s, int64_t first, int64_t n, int cut) {
-    float *scores = s->scores + first;
-    if (cut)
-        for (int64_t key = n - LANES; key < n; key++) {
-            ints later = ORDER < (int32_t)(key - (n - LANES));
-            store(scores + key * TILE, (floats)(((ints)load(scores + key * TILE) & ~later) |
-                                                ((ints)((floats){0} - INFINITY) & later)));
+/* The greatest logit of each query, with those of `keys`, a multiple of four; the one before is left in `shrink`. */
+static void find_greatest(const Forward *s, int64_t keys) {
+    const float *a = s->scores;
+    float most[TILE];
+    memcpy(s->shrink, s->greatest, sizeof(most));
+    memcpy(most, s->greatest, sizeof(most));
+    for (int64_t key = 0; key < keys; key += 4, a += 4 * TILE)
+        for (int t = 0; t < TILE; t++) {
+            float one = greater(a[t], a[TILE + t]), two = greater(a[2 * TILE + t], a[3 * TILE + t]);
+            most[t] = greater(greater(one, two), most[t]);
         }
-    floats before = load(s->greatest + first), greatest = before, sum = {0};
-    for (int64_t key = 0; key < n; key++) greatest = greater(load(scores + key * TILE), greatest);
+    memcpy(s->greatest, most, sizeof(most));
+}
+
+/* Logits of 8 queries with `n` keys to exponentials over the greatest. */
+INLINE void exponentiate(const Forward *s, int64_t first, int64_t n, Power by) {
+    float *scores = s->scores + first;
+    floats greatest = load(s->greatest + first), sum = {0};
     for (int64_t key = 0; key < n; key++) {
-        floats power = exp2_(load(scores + key * TILE) - greatest);
-        sum += power;
-        store(scores + key * TILE, power);
+        floats p = exponential(load(scores + key * TILE) - greatest, by);
+        store(scores + key * TILE, p);
+        sum += p;
     }
-    floats shrink = exp2_(before - greatest);
-    store(s->greatest + first, greatest);
+    floats shrink = exponential(load(s->shrink + first) - greatest, by);
     store(s->shrink + first, shrink);
     store(s->sum + first, load(s->sum + first) * shrink + sum);
 }
 
-/* Add a block of keys to a tile of queries; `diagonal`: the block holds the tile's own keys, `n` of them. */
+/* z of n vectors of queries and one channel, with the values of `keys` keys. */
+INLINE void add_values(const Forward *s, const int n, const float *v, const word *words, int64_t keys, int64_t first,
+                       float *z) {
+    floats sums[8];
+    UNROLL for (int j = 0; j < n; j++) sums[j] = load(z + first + j * LANES) * load(s->shrink + first + j * LANES);
+    add_rows(sums, n, v, 1, words, keys, s->scores + first, TILE);
+    UNROLL for (int j = 0; j < n; j++) store(z + first + j * LANES, sums[j]);
+}
+
+/* Add a block of keys to a tile of queries; `diagonal`: the block holds the tile's own keys, of which there are n. */
 INLINE void add_block(const Forward *s, int64_t block, int64_t channels, const int diagonal, int64_t n) {
-    int64_t n_words = ceiling(channels, WORD), columns = ceiling(n, LANES), both = n > HALF;
     const float *k = s->k + block * channels * TILE, *v = s->v + block * channels * TILE;
-    const word *k_words = s->k_words + block * TILE * n_words, *v_words = s->v_words + block * channels * TILE / WORD;
-    for (int64_t key = 0; key < columns * LANES; key++, k_words += n_words) {
+    int64_t n_words = ceiling(channels, WORD), keys = ceiling(n, LANES) * LANES, both = n > HALF;
+    for (int64_t key = 0; key < keys; key++) {
+        const word *words = s->k_dense ? NULL : s->k_channels + (block * TILE + key) * n_words;
         float *scores = s->scores + key * TILE;
-        if (!diagonal || (key < HALF && both))
-            score(s, TILE / LANES, k + key, k_words, n_words, 0, scores);
+        int64_t half = key / HALF * HALF;
+        if (!diagonal || (both && !half))
+            sum_rows(scores, TILE / LANES, k + key, TILE, words, channels, s->q, TILE);
         else
-            score(s, HALF / LANES, k + key, k_words, n_words, key / HALF * HALF, scores);
+            sum_rows(scores + half, HALF / LANES, k + key, TILE, words, channels, s->q + half, TILE);
     }
-    for (int64_t i = 0; i < columns; i++) {
-        int64_t seen = diagonal ? (i + 1) * LANES : TILE;
-        exponentiate(s, i * LANES, seen, diagonal);
-        for (int64_t key = seen; diagonal && key < TILE; key++) store(s->scores + key * TILE + i * LANES, (floats){0});
+    if (diagonal) hide(s, keys);
+    find_greatest(s, keys);
+    Power by = power();
+    for (int64_t t = 0; t < keys; t += LANES) {
+        int64_t seen = diagonal ? t + LANES : TILE;
+        exponentiate(s, t, seen, by);
+        for (int64_t key = seen; key < TILE; key++) store(s->scores + key * TILE + t, (floats){0});
     }
-    for (int64_t c = 0; c < channels; c++, v += TILE, v_words += TILE / WORD) {
-        float *z = s->z + c * TILE;
+    for (int64_t c = 0; c < channels; c++, v += TILE) {
+        const word *words = s->v_dense ? NULL : s->v_tokens + (block * channels + c) * (TILE / WORD);
         if (!diagonal) {
-            add_values(s, TILE / LANES, v, v_words, TILE / WORD, 0, z);
+            add_values(s, TILE / LANES, v, words, TILE, 0, s->z + c * TILE);
         } else {
-            add_values(s, HALF / LANES, v, v_words, 1, 0, z);
-            if (both) add_values(s, HALF / LANES, v, v_words, TILE / WORD, HALF, z);
+            add_values(s, HALF / LANES, v, words, smaller(HALF, keys), 0, s->z + c * TILE);
+            if (both) add_values(s, HALF / LANES, v, words, keys, HALF, s->z + c * TILE);
         }
     }
 }
 
-static void forward_head(const Forward *s, const float *q, const float *k, const float *v, int64_t q_stride,
-                         int64_t k_stride, int64_t v_stride, const float *sink, float *z, float *norm, int64_t tokens,
-                         int64_t channels) {
+static void forward_head(Forward *s, const float *q, const float *k, const float *v, const int64_t *strides,
+                         const float *sink, float *z, float *norm, int64_t tokens, int64_t channels) {
     int64_t blocks = ceiling(tokens, TILE);
     float scale = LOG2E / sqrtf((float)channels);
-    pack(k, k_stride, channels, tokens, TILE, 1, s->k);
-    pack(v, v_stride, channels, tokens, TILE, 1, s->v);
-    find_channels(s->k, blocks, channels, TILE, s->k_words);
-    find_tokens(s->v, blocks, channels, TILE, s->v_words);
+    s->k_dense = pack(k, strides[1], channels, tokens, TILE, 1, s->k) > DENSE;
+    s->v_dense = pack(v, strides[2], channels, tokens, TILE, 1, s->v) > DENSE;
+    if (!s->k_dense) find_channels(s->k, blocks, channels, TILE, s->k_channels);
+    if (!s->v_dense) find_tokens(s->v, blocks, channels, TILE, s->v_tokens);
     for (int64_t tile = 0; tile < blocks; tile++) {
         int64_t start = tile * TILE, n = smaller(TILE, tokens - start);
-        pack(q + start, q_stride, channels, n, TILE, scale, s->q);
+        pack(q + start, strides[0], channels, n, TILE, scale, s->q);
         memset(s->z, 0, channels * TILE * sizeof(float));
-        for (int64_t t = 0; t < TILE; t++) {
+        for (int64_t t = 0; t < TILE; t++) { /* the sink is a key that comes first */
             s->greatest[t] = sink ? *sink * LOG2E : -INFINITY;
             s->sum[t] = sink ? 1 : 0;
         }
@@ -222,12 +282,13 @@ static void forward_head(const Forward *s, const float *q, const float *k, const
 }
 
 /* z (sequences, heads * channels, tokens) = attention, and norm (sequences, heads, 2, tokens): the greatest logit, in
-   powers of two, and the reciprocal of the sum of exponentials over it. Sequences of q, k and v are *_sequence apart,
-   their channels *_channel. */
+   powers of two, and the reciprocal of the sum of exponentials over it. The sequences of q, k and v are *_sequence
+   apart, their channels *_channel. */
 void attend_float32(const float *q, const float *k, const float *v, const float *sink, float *z, float *norm,
                     int64_t q_sequence, int64_t q_channel, int64_t k_sequence, int64_t k_channel, int64_t v_sequence,
                     int64_t v_channel, int64_t sequences, int64_t heads, int64_t tokens, int64_t channels,
                     int32_t threads) {
+    const int64_t strides[3] = {q_channel, k_channel, v_channel};
     Forward none;
     int64_t room = forward_room(&none, NULL, tokens, channels);
 #pragma omp parallel num_threads(threads)
@@ -239,59 +300,90 @@ void attend_float32(const float *q, const float *k, const float *v, const float 
         for (int64_t i = 0; i < sequences * heads; i++) {
             int64_t b = i / heads, h = i % heads, c = h * channels;
             forward_head(&s, q + b * q_sequence + c * q_channel, k + b * k_sequence + c * k_channel,
-                         v + b * v_sequence + c * v_channel, q_channel, k_channel, v_channel, sink ? sink + h : NULL,
-                         z + i * channels * tokens, norm + i * 2 * tokens, tokens, channels);
+                         v + b * v_sequence + c * v_channel, strides, sink ? sink + h : NULL, z + i * channels * tokens,
+                         norm + i * 2 * tokens, tokens, channels);
         }
         free(buffer);
     }
 }
 
 typedef struct {
-    float *q, *dz, *dq, *k, *v, *greatest, *inverse, *delta, *p, *ds, *dk, *dv;
+    float *q, *dz, *dq;                 /* blocks of (channels, CHUNK) */
+    float *k, *v;                       /* blocks of (channels, KEYS) */
+    float *greatest, *inverse, *delta;  /* of each query: `norm`, and the sum of z dz */
+    float *p, *ds;                      /* probabilities and gradients of logits, (KEYS, CHUNK) */
+    floats *dk, *dv;                    /* of a block of keys: see `add_products` */
     word *k_channels, *k_tokens, *v_channels;
+    int k_dense, v_dense;
 } Backward;
 
+/* Lay the workspace out in `buffer`; returns its size. */
 static int64_t backward_room(Backward *s, char *buffer, int64_t tokens, int64_t channels) {
     char *at = buffer;
-    int64_t padded = ceiling(tokens, CHUNK) * CHUNK, n_words = ceiling(channels, WORD);
+    int64_t padded = ceiling(tokens, CHUNK) * CHUNK, n_words = ceiling(channels, WORD), even = channels + channels % 2;
     s->q = take(&at, channels * padded), s->dz = take(&at, channels * padded), s->dq = take(&at, channels * padded);
     s->k = take(&at, channels * padded), s->v = take(&at, channels * padded);
     s->greatest = take(&at, padded), s->inverse = take(&at, padded), s->delta = take(&at, padded);
     s->p = take(&at, KEYS * CHUNK), s->ds = take(&at, KEYS * CHUNK);
-    s->dk = take(&at, KEYS * channels), s->dv = take(&at, KEYS * channels);
+    s->dk = take(&at, KEYS * even), s->dv = take(&at, KEYS * even);
     s->k_channels = take(&at, padded * n_words), s->v_channels = take(&at, padded * n_words);
     s->k_tokens = take(&at, padded / KEYS * channels);
     return at - buffer;
 }
 
-/* A block of keys against a chunk of queries, [first, end): where each lies. */
-typedef struct {
-    const float *q, *dz, *k, *v, *greatest, *inverse, *delta;
-    float *dq;
-    const word *k_channels, *k_tokens, *v_channels;
-} Pair;
+/* Call f(n, at, ...) on the queries [first, end), vectors of them in pairs: eight at a time, then four, then two. */
+#define IN_STRIPS(f, first, end, ...)                                                  \
+    do {                                                                               \
+        int64_t at = first;                                                            \
+        for (; end - at >= 8 * LANES; at += 8 * LANES) f(8, at, __VA_ARGS__);          \
+        if (end - at >= 4 * LANES) {                                                   \
+            f(4, at, __VA_ARGS__);                                                     \
+            at += 4 * LANES;                                                           \
+        }                                                                              \
+        if (end - at >= 2 * LANES) f(2, at, __VA_ARGS__);                              \
+    } while (0)
 
-/* Probabilities of n vectors of queries for one key, and their gradients before the softmax. */
-INLINE void recompute(const Backward *s, const Pair *pair, const int n, int64_t key, int64_t n_words, int64_t first) {
-    floats sums[8] = {{0}};
-    float *p = s->p + key * CHUNK + first, *ds = s->ds + key * CHUNK + first;
-    add_rows(sums, n, pair->k + key, KEYS, pair->k_channels + key * n_words, n_words, pair->q + first, CHUNK);
-    UNROLL for (int j = 0; j < n; j++) {
-        int64_t t = first + j * LANES;
-        store(p + j * LANES, exp2_(sums[j] - load(pair->greatest + t)) * load(pair->inverse + t));
-        sums[j] = (floats){0};
+/* out (KEYS, CHUNK) = the products of each key of k (channels, KEYS) with the queries [first, end) of q. */
+static void multiply(const float *k, const word *words, const float *q, float *out, int64_t channels, int64_t first,
+                     int64_t end) {
+    for (int64_t key = 0; key < KEYS; key++, k++, out += CHUNK) {
+#define MULTIPLY(n, at, q) sum_rows(out + at, n, k, KEYS, words, channels, (q) + at, CHUNK)
+        IN_STRIPS(MULTIPLY, first, end, q);
+        if (words) words += ceiling(channels, WORD);
     }
-    add_rows(sums, n, pair->v + key, KEYS, pair->v_channels + key * n_words, n_words, pair->dz + first, CHUNK);
-    UNROLL for (int j = 0; j < n; j++)
-        store(ds + j * LANES, load(p + j * LANES) * (sums[j] - load(pair->delta + first + j * LANES)));
 }
 
-/* dq of n vectors of queries and one channel += k dS of a block of keys. */
-INLINE void add_keys(const Backward *s, const Pair *pair, const int n, int64_t c, int64_t first) {
+/* q k and dz v, in p and ds, to probabilities and gradients of logits; the block of queries begins at `chunk`. */
+static void differentiate(const Backward *s, int64_t chunk, int64_t first, int64_t end) {
+    Power by = power();
+    for (int64_t t = first; t < end; t += LANES) {
+        int64_t query = chunk + t;
+        floats greatest = load(s->greatest + query), inverse = load(s->inverse + query), delta = load(s->delta + query);
+        float *p = s->p + t, *ds = s->ds + t;
+        for (int64_t key = 0; key < KEYS; key++, p += CHUNK, ds += CHUNK) {
+            floats probability = exponential(load(p) - greatest, by) * inverse;
+            store(ds, probability * (load(ds) - delta));
+            store(p, probability);
+        }
+    }
+}
+
+/* Nothing passes from keys after a query: the first KEYS queries of p and ds are the block's own. */
+static void cut(float *p, float *ds) {
+    for (int64_t key = 0; key < KEYS; key++, p += CHUNK, ds += CHUNK)
+        for (int64_t t = 0; t < KEYS; t += LANES) {
+            ints seen = ORDER >= (int32_t)(key - t);
+            store(p + t, only(load(p + t), seen));
+            store(ds + t, only(load(ds + t), seen));
+        }
+}
+
+/* dq of n vectors of queries and one channel += k dS over a block of keys. */
+INLINE void add_keys(const int n, const float *k, const word *words, const float *ds, float *dq) {
     floats sums[8];
-    float *dq = pair->dq + c * CHUNK + first;
+    dq = base(dq);
     UNROLL for (int j = 0; j < n; j++) sums[j] = load(dq + j * LANES);
-    add_rows(sums, n, pair->k + c * KEYS, 1, pair->k_tokens + c, 1, s->ds + first, CHUNK);
+    add_rows(sums, n, k, 1, words, KEYS, ds, CHUNK);
     UNROLL for (int j = 0; j < n; j++) store(dq + j * LANES, sums[j]);
 }
 
@@ -308,75 +400,71 @@ INLINE floats totals(const floats *a) {
            SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-/* sums (channels, KEYS) += the products over queries of each row of a (KEYS, CHUNK) and of x (channels, CHUNK). */
-INLINE void add_products(float *sums, const float *a, const float *x, int64_t channels, int64_t first, int64_t end) {
+/* sums += the products over queries of each row of a (KEYS, CHUNK) with each of x (channels, CHUNK): vectors of four
+   keys of one channel and of the next. */
+static void add_products(floats *sums, const float *a, const float *x, int64_t channels, int64_t first, int64_t end) {
     for (int64_t c = 0; c < channels; c += 2) {
         const float *one = x + c * CHUNK, *two = c + 1 < channels ? one + CHUNK : one;
         for (int64_t key = 0; key < KEYS; key += 4) {
             floats products[8] = {{0}};
-            for (int64_t t = first; t < end; t += LANES)
+            for (int64_t t = first; t < end; t += LANES) {
+                floats by_one = load_once(one + t), by_two = load_once(two + t);
                 UNROLL for (int i = 0; i < 4; i++) {
-                    floats row = load(a + (key + i) * CHUNK + t);
-                    products[i] += row * load(one + t);
-                    products[4 + i] += row * load(two + t);
+                    floats row = load_once(a + (key + i) * CHUNK + t);
+                    products[i] += row * by_one;
+                    products[4 + i] += row * by_two;
                 }
-            floats all = totals(products);
-            for (int i = 0; i < 4; i++) sums[c * KEYS + key + i] += all[i];
-            if (c + 1 < channels)
-                for (int i = 0; i < 4; i++) sums[(c + 1) * KEYS + key + i] += all[4 + i];
+            }
+            *sums++ += totals(products);
         }
     }
 }
 
-/* Call `f` on the vectors of queries [first, end), a multiple of two: eight at a time, then four, then two. */
-#define IN_STRIPS(f, first, end, ...)                            \
-    do {                                                         \
-        int64_t at = first;                                      \
-        for (; end - at >= 8 * LANES; at += 8 * LANES) f(8, __VA_ARGS__); \
-        if (end - at >= 4 * LANES) {                             \
-            f(4, __VA_ARGS__);                                   \
-            at += 4 * LANES;                                     \
-        }                                                        \
-        if (end - at >= 2 * LANES) f(2, __VA_ARGS__);            \
-    } while (0)
-
-/* Everything that a block of keys and the queries [first, end) of a chunk add to one another's gradients. */
-static void add_pair(const Backward *s, const Pair *pair, int64_t channels, int64_t first, int64_t end, int diagonal) {
-    int64_t n_words = ceiling(channels, WORD);
-#define RECOMPUTE(n, key) recompute(s, pair, n, key, n_words, at)
-#define ADD_KEYS(n, c) add_keys(s, pair, n, c, at)
-    for (int64_t key = 0; key < KEYS; key++) IN_STRIPS(RECOMPUTE, first, end, key);
-    for (int64_t key = 0; diagonal && key < KEYS; key++)
-        for (int64_t t = 0; t < KEYS; t += LANES) {
-            ints seen = ORDER >= (int32_t)(key - t);
-            float *p = s->p + key * CHUNK + first + t, *ds = s->ds + key * CHUNK + first + t;
-            store(p, only(load(p), seen));
-            store(ds, only(load(ds), seen));
+/* Those sums, times `scale`, to n tokens of rows (channels, tokens). */
+static void spread(const floats *sums, int64_t channels, int64_t tokens, int64_t n, float scale, float *rows) {
+    for (int64_t c = 0; c < channels; c++, rows += tokens)
+        for (int64_t key = 0; key < n; key += 4) {
+            floats scaled = sums[c / 2 * (KEYS / 4) + key / 4] * scale;
+            const float *four = (const float *)&scaled + c % 2 * 4;
+            if (n - key >= 4)
+                memcpy(rows + key, four, 4 * sizeof(float));
+            else
+                memcpy(rows + key, four, (n - key) * sizeof(float));
         }
-    for (int64_t c = 0; c < channels; c++) IN_STRIPS(ADD_KEYS, first, end, c);
-    add_products(s->dk, s->ds, pair->q, channels, first, end);
-    add_products(s->dv, s->p, pair->dz, channels, first, end);
 }
 
-static void unpack(const float *blocks, int64_t channels, int64_t tokens, int64_t width, float scale, float *rows) {
-    for (int64_t start = 0; start < tokens; start += width)
-        for (int64_t c = 0; c < channels; c++, blocks += width)
-            for (int64_t t = 0; t < smaller(width, tokens - start); t++)
-                rows[c * tokens + start + t] = blocks[t] * scale;
+/* Everything that a block of keys and the queries [first, end) after `chunk` add to one another's gradients. */
+static void add_pair(const Backward *s, int64_t block, int64_t chunk, int64_t channels, int64_t first, int64_t end,
+                     int diagonal) {
+    const float *k = s->k + block * KEYS * channels, *v = s->v + block * KEYS * channels;
+    const float *q = s->q + chunk * channels, *dz = s->dz + chunk * channels;
+    int64_t words = block * KEYS * ceiling(channels, WORD);
+    multiply(k, s->k_dense ? NULL : s->k_channels + words, q, s->p, channels, first, end);
+    multiply(v, s->v_dense ? NULL : s->v_channels + words, dz, s->ds, channels, first, end);
+    differentiate(s, chunk, first, end);
+    if (diagonal) cut(s->p + first, s->ds + first);
+    add_products(s->dk, s->ds, q, channels, first, end);
+    add_products(s->dv, s->p, dz, channels, first, end);
+    float *dq = s->dq + chunk * channels;
+    for (int64_t c = 0; c < channels; c++, k += KEYS, dq += CHUNK) {
+        const word *tokens = s->k_dense ? NULL : s->k_tokens + block * channels + c;
+#define ADD_KEYS(n, at, ds) add_keys(n, k, tokens, (ds) + at, dq + at)
+        IN_STRIPS(ADD_KEYS, first, end, s->ds);
+    }
 }
 
-static void backward_head(const Backward *s, const float *q, const float *k, const float *v, const float *dz,
+static void backward_head(Backward *s, const float *q, const float *k, const float *v, const float *dz,
                           const int64_t *strides, const float *z, const float *norm, const float *sink, float *dq,
                           float *dk, float *dv, float *dsink, int64_t tokens, int64_t channels) {
-    int64_t blocks = ceiling(tokens, KEYS), n_words = ceiling(channels, WORD);
+    int64_t blocks = ceiling(tokens, KEYS), even = channels + channels % 2;
     float root = 1 / sqrtf((float)channels);
     pack(q, strides[0], channels, tokens, CHUNK, root * LOG2E, s->q);
-    pack(k, strides[1], channels, tokens, KEYS, 1, s->k);
-    pack(v, strides[2], channels, tokens, KEYS, 1, s->v);
     pack(dz, strides[3], channels, tokens, CHUNK, 1, s->dz);
-    find_channels(s->k, blocks, channels, KEYS, s->k_channels);
-    find_channels(s->v, blocks, channels, KEYS, s->v_channels);
-    find_tokens(s->k, blocks, channels, KEYS, s->k_tokens);
+    s->k_dense = pack(k, strides[1], channels, tokens, KEYS, 1, s->k) > DENSE;
+    s->v_dense = pack(v, strides[2], channels, tokens, KEYS, 1, s->v) > DENSE;
+    if (!s->k_dense) find_channels(s->k, blocks, channels, KEYS, s->k_channels);
+    if (!s->k_dense) find_tokens(s->k, blocks, channels, KEYS, s->k_tokens);
+    if (!s->v_dense) find_channels(s->v, blocks, channels, KEYS, s->v_channels);
     memset(s->dq, 0, channels * ceiling(tokens, CHUNK) * CHUNK * sizeof(float));
     for (int64_t t = 0; t < blocks * KEYS; t++) { /* the probabilities of queries past the end are zero */
         s->greatest[t] = t < tokens ? norm[t] : INFINITY;
@@ -386,28 +474,21 @@ static void backward_head(const Backward *s, const float *q, const float *k, con
     for (int64_t c = 0; c < channels; c++)
         for (int64_t t = 0; t < tokens; t++) s->delta[t] += z[c * tokens + t] * dz[c * strides[3] + t];
     for (int64_t block = 0; block < blocks; block++) {
-        int64_t start = block * KEYS;
-        memset(s->dk, 0, KEYS * channels * sizeof(float));
-        memset(s->dv, 0, KEYS * channels * sizeof(float));
+        int64_t start = block * KEYS, n = smaller(KEYS, tokens - start);
+        memset(s->dk, 0, KEYS * even * sizeof(float));
+        memset(s->dv, 0, KEYS * even * sizeof(float));
         for (int64_t chunk = start / CHUNK * CHUNK; chunk < tokens; chunk += CHUNK) {
-            Pair pair = {s->q + chunk * channels, s->dz + chunk * channels, s->k + start * channels,
-                         s->v + start * channels, s->greatest + chunk, s->inverse + chunk, s->delta + chunk,
-                         s->dq + chunk * channels, s->k_channels + start * n_words, s->k_tokens + block * channels,
-                         s->v_channels + start * n_words};
             int diagonal = chunk <= start;
-            add_pair(s, &pair, channels, diagonal ? start - chunk : 0, smaller(CHUNK, blocks * KEYS - chunk), diagonal);
+            int64_t end = smaller(CHUNK, blocks * KEYS - chunk);
+            add_pair(s, block, chunk, channels, diagonal ? start - chunk : 0, end, diagonal);
         }
-        int64_t n = smaller(KEYS, tokens - start);
-        for (int64_t c = 0; c < channels; c++)
-            for (int64_t t = 0; t < n; t++) {
-                dk[c * tokens + start + t] = s->dk[c * KEYS + t] * LN2; /* the packed q holds root * log2(e) */
-                dv[c * tokens + start + t] = s->dv[c * KEYS + t];
-            }
+        spread(s->dk, channels, tokens, n, LN2, dk + start); /* the packed q is times root * log2(e) */
+        spread(s->dv, channels, tokens, n, 1, dv + start);
     }
     unpack(s->dq, channels, tokens, CHUNK, root, dq);
     floats sum = {0};
     for (int64_t t = 0; sink && t < blocks * KEYS; t += LANES)
-        sum -= exp2_(*sink * LOG2E - load(s->greatest + t)) * load(s->inverse + t) * load(s->delta + t);
+        sum -= exponential(*sink * LOG2E - load(s->greatest + t), power()) * load(s->inverse + t) * load(s->delta + t);
     *dsink = ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
 }
 
@@ -418,9 +499,9 @@ void attend_backward_float32(const float *q, const float *k, const float *v, con
                              int64_t q_sequence, int64_t q_channel, int64_t k_sequence, int64_t k_channel,
                              int64_t v_sequence, int64_t v_channel, int64_t dz_sequence, int64_t dz_channel,
                              int64_t sequences, int64_t heads, int64_t tokens, int64_t channels, int32_t threads) {
+    const int64_t strides[4] = {q_channel, k_channel, v_channel, dz_channel};
     Backward none;
     int64_t room = backward_room(&none, NULL, tokens, channels);
-    const int64_t strides[4] = {q_channel, k_channel, v_channel, dz_channel};
 #pragma omp parallel num_threads(threads)
     {
         char *buffer = aligned_alloc(64, room);

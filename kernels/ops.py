@@ -278,7 +278,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int, ba
     if chosen == "reference" or not q.numel() or cpu.library() is None:
         return reference.attend(q, k, v, sink, d_head)
     rows = (x.mT if reference.tokens_contiguous(x) else _swapped(x) for x in (q, k, v))  # (B, D, T)
-    z, _ = _attend(*rows, None if sink is None else sink.contiguous(), d_head)
+    z, _ = _attend(*rows, None if sink is None else sink.to(q.dtype).contiguous(), d_head)
     return z.mT if reference.tokens_contiguous(q) else _swapped(z)
 
 

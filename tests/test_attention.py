@@ -99,6 +99,22 @@ def test_forward_and_every_gradient_equal_float64(shape, layout, share, with_sin
     assert_near(ours, step(written_out, *doubled(q, k, v, sink, grad), shape[-1]))
 
 
+@pytest.mark.parametrize("sparse", ["q", "k", "v"])
+def test_zeros_in_one_of_them_alone_change_nothing(sparse):
+    shape = (2, 150, 2, 33)
+    few, all_of_them = inputs(shape, 0.2), inputs(shape)
+    mixed = [few[i] if name == sparse else all_of_them[i] for i, name in enumerate("qkv")]
+    ours = step(ops.attend, *map(channel_major, mixed), *all_of_them[3:], 33)
+    assert_near(ours, step(written_out, *doubled(*mixed, *all_of_them[3:]), 33))
+
+
+def test_a_sink_of_another_type_is_taken():
+    q, k, v, sink, grad = inputs((1, 20, 2, 4))
+    ours = step(ops.attend, q, k, v, sink.double(), grad, 4)
+    assert ours[4].dtype == torch.float64
+    assert_near(ours[:4], step(written_out, *doubled(q, k, v, sink, grad), 4))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("layout", [token_major, channel_major])
 def test_slices_of_one_buffer_are_read_in_place_and_the_layout_is_kept(layout, backend):
