@@ -208,6 +208,7 @@ def _matmul(
             even = tl.fma(_low(read), value, even)
             odd = tl.fma(_high(read), value, odd)
             word = after
+        word = tl.load(packed + start + n_full * R + row)
         for j in range(n_full, steps):  # some lines have ended: what they would read might be a NaN
             after = tl.load(packed + start + (j + 1) * R + row)
             source = x + (word & 0xFFFF).to(tl.int64)[:, None] * n_pairs + pair[None, :]

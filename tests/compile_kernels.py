@@ -30,6 +30,7 @@ from sparsetrain.kernels.sparse_weight import SparseWeight
 ARCHITECTURES = (80, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 N_TOKENS = 65536
+LINES = 2100  # of sparse products: several slices of every height (Triton makes an integer 1 a constant)
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
@@ -59,12 +60,12 @@ LAUNCHES: dict[str, Callable[[], object]] = {
 
 
 def products(design: ModuleType, channels: int, dtype: torch.dtype, tokens: int, bias: bool = True) -> None:
-    """Both sparse products of a weight (96, channels) with two blocks of tokens."""
-    dense = torch.zeros(96, channels)
-    dense[:, ::7] = 1.0
+    """Both sparse products of a weight (LINES, channels) with two blocks of tokens."""
+    dense = torch.zeros(LINES, channels)
+    dense[:, ::channels // 7] = 1.0
     weight = SparseWeight.from_dense(dense)
-    x, y = (torch.empty(2, n, tokens, dtype=dtype) for n in (channels, 96))
-    design.matmul(x, weight.values, weight.rows, torch.zeros(96) if bias else None)
+    x, y = (torch.empty(2, n, tokens, dtype=dtype) for n in (channels, LINES))
+    design.matmul(x, weight.values, weight.rows, torch.zeros(LINES) if bias else None)
     design.sampled_matmul(y, x, weight.rows)
 
 
