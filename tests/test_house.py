@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"kernels"},
-    {"config", "task_fragments", "machine"},
+    {"config", "task_fragments", "machine", "files"},
     {"data", "model", "task_prompts"},
     {"sparsity", "checkpoint", "tasks"},
     {"optim", "record", "threads"},
