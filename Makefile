@@ -23,11 +23,13 @@ test: .venv/installed-dev
 bench: .venv/installed
 	$(BIN)/sparsetrain bench --publish
 
-# On a machine with a CUDA device, under ten minutes, with that machine's own Python and packages (omegaconf
-# must be among them). The benchmark checks each op before it times it, and the tests come last.
+# On a machine with a CUDA device, under ten minutes, with that machine's own Python, torch, Triton, numpy, pytest and
+# hypothesis. The benchmark checks each op before it times it, and the tests come last. Results go to OUT.
+OUT ?= docs
 gpu:
-	PYTHONPATH=. $(PYTHON) -m sparsetrain.bench.designs docs/designs-cuda.json
-	PYTHONPATH=. $(PYTHON) -m sparsetrain bench --device cuda --publish
+	mkdir -p $(OUT)
+	PYTHONPATH=. $(PYTHON) -m sparsetrain.bench.designs $(OUT)/designs-cuda.json
+	PYTHONPATH=. $(PYTHON) -m sparsetrain.bench.command --device cuda --out $(OUT)/kernels-cuda.json --publish $(OUT)
 	PYTHONPATH=. $(PYTHON) -m pytest -q -o addopts= -W default $(GPU_TESTS)
 
 lint: .venv/installed-dev

@@ -16,7 +16,8 @@ from bokeh.resources import Resources
 from sparsetrain.analysis.circuit_data import Text, page_data
 from sparsetrain.analysis.circuit_figure import circuit_figure
 from sparsetrain.analysis.snippets import corpus_windows
-from sparsetrain.checkpoint import load_run, run_corpus, write_whole
+from sparsetrain.checkpoint import load_run, run_corpus
+from sparsetrain.files import write_whole
 from sparsetrain.pruning.circuit import load_circuit
 from sparsetrain.tasks import encode_task, load_task
 
@@ -70,6 +71,7 @@ def write_page(run: str | Path, circuit_folder: str | Path) -> Path:
         CheckpointError: the run holds no readable model.
         CircuitError: the folder holds no readable circuit.
         TaskError: the circuit's task cannot be found.
+        WriteError: the page could not be written.
     """
     model, tokenizer, config = load_run(run)
     circuit = load_circuit(circuit_folder)

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsetrain.kernels.reference import is_channel_major
 
 MAX_WIDTH = 32768
+MAX_STRIDED = 16384  # channels; above, one token's would not fit in registers beside their addresses
 # The integer as wide as each float, and the bits of infinity: those of every NaN are greater.
 FORMATS = {
     torch.float32: (torch.int32, 0x7F800000),
@@ -24,7 +25,8 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
 
     Args:
         x: (..., D), D <= 32768; float32, bfloat16 or float16. Token-major (x is contiguous) or channel-major (x.mT
-            is); a tensor of other strides is copied first.
+            is); a tensor of other strides is copied first. A channel-major one of over 16384 channels is copied to
+            token-major, and the result back.
         k: entries kept, 0 <= k <= D.
 
     Returns:
@@ -36,6 +38,8 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     x = dense(x)
     if k == 0 or x.numel() == 0:
         return torch.zeros_like(x)
+    if x.shape[-1] > MAX_STRIDED and not x.is_contiguous():
+        return abs_topk(x.contiguous(), k).mT.contiguous().mT
     out = torch.empty_like(x)
     integer, infinity = FORMATS[x.dtype]
     n_planes, n_tokens, width, *strides = planes(x)
@@ -87,7 +91,8 @@ def planes(x: Tensor) -> tuple[int, int, int, int, int, int]:
 def tile_for(x: Tensor) -> dict[str, int]:
     """The tokens by channels that one program holds in registers, and its warps: 64 entries a thread, or 32.
 
-    The largest that spill no register when compiled for sm_90, but for channel-major tensors of over 16384 channels.
+    The largest that spill no register when compiled for sm_90, but for channel-major tensors of over 16384 channels,
+    which come from the projection's floors for columns alone.
     A thread of a channel-major tile has two tokens: to add up the counts of more than that across threads costs more
     than wider loads save. Eight tokens make runs of 16 bytes or more.
 

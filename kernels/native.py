@@ -24,7 +24,7 @@ FLAG_SETS = (["-fopenmp"], [])
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None, with one warning, where they cannot be compiled or loaded."""
+    """The compiled functions, or None where they cannot be compiled or loaded; one warning then or without threads."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     slower = "training runs on numpy and torch, several times slower"
     if compiler is None:
@@ -32,9 +32,13 @@ def library() -> ctypes.CDLL | None:
         return None
     for flags in FLAG_SETS:
         try:
-            return ctypes.CDLL(str(_compiled(compiler, flags)))
+            loaded = ctypes.CDLL(str(_compiled(compiler, flags)))
         except (OSError, subprocess.CalledProcessError) as error:
             detail = getattr(error, "stderr", None) or error
+            continue
+        if not flags:
+            log.warning("the C kernels run on one thread: %s has not the OpenMP that torch has: %s", compiler, detail)
+        return loaded
     log.warning("could not compile or load the C kernels: %s: %s", slower, detail)
     return None
 

@@ -20,6 +20,9 @@ from sparsetrain.kernels.sparse_weight import Order
 
 WARPS = 32  # one program fills a multiprocessor, so that its slab has the L1 to itself
 WORDS = 4  # int32 of a thread: a load of 16 bytes
+# Of a thread, at most: what 32 warps have of a multiprocessor's 65,536. Where nothing is said, the compiler may spill
+# some to make do with 32, and a second program would share the L1.
+REGISTERS = 64
 L1_BYTES = 200 * 1024
 CHANNELS = 1 << 16  # a channel is 16 bits
 GROUPS = 32  # groups of slabs of `sampled_matmul`, each with its own partial sums
@@ -87,7 +90,8 @@ def matmul(
     with torch.cuda.device_of(x):
         _matmul[(blocks * tokens // (2 * pairs),)](
             _words(x), y.view(torch.int32), _pack(values, order, cut), cut.lines, cut.starts, cut.full, bias,
-            cut.full.numel(), order.n_lines, channels, tokens // 2, PAIRS=pairs, R=cut.height, num_warps=warps,
+            cut.full.numel(), order.n_lines, channels, tokens // 2,
+            PAIRS=pairs, R=cut.height, num_warps=warps, maxnreg=REGISTERS,
         )  # fmt: skip
     return y
 
@@ -200,22 +204,26 @@ def _matmul(
         if bias is not None:
             even += tl.load(bias + line, mask=line < n_lines, other=0.0).to(tl.float32)[:, None]
         odd = even
-        word = tl.load(packed + start + row)  # read one step ahead
-        for j in range(n_full):
-            after = tl.load(packed + start + (j + 1) * R + row)
+        ahead = packed + start + R  # the words of the step after
+        word = tl.load(ahead - R + row)
+        for _ in range(n_full):
+            after = tl.load(ahead + row)
             read = tl.load(x + (word & 0xFFFF).to(tl.int64)[:, None] * n_pairs + pair[None, :])  # (R, PAIRS)
             value = _high(word)[:, None]
             even = tl.fma(_low(read), value, even)
             odd = tl.fma(_high(read), value, odd)
             word = after
-        for j in range(n_full, steps):  # some lines have ended: what they would read might be a NaN
-            after = tl.load(packed + start + (j + 1) * R + row)
+            ahead += R
+        word = tl.load(ahead - R + row)  # again: `word` of two loops would change its layout through shared memory
+        for _ in range(n_full, steps):  # some lines have ended: what they would read might be a NaN
+            after = tl.load(ahead + row)
             source = x + (word & 0xFFFF).to(tl.int64)[:, None] * n_pairs + pair[None, :]
             read = tl.load(source, mask=(word != 0)[:, None], other=0)
             value = _high(word)[:, None]
             even = tl.fma(_low(read), value, even)
             odd = tl.fma(_high(read), value, odd)
             word = after
+            ahead += R
         both = ((_upper_half(even) >> 16) & 0xFFFF) | _upper_half(odd)
         target = y + (block * n_lines + line)[:, None] * n_pairs + pair[None, :]
         tl.store(target, both, mask=(line < n_lines)[:, None])

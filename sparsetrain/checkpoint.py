@@ -232,31 +232,6 @@ def run_corpus(run: str | Path, config: RunConfig) -> Corpus:
     return prepare(dataclasses.replace(config.data, tokenizer=str(tokenizer)))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; one that holds `content` already is left alone.
-
-    Raises:
-        CheckpointError: it could not be written; what was there is untouched.
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        if path.exists() and path.read_bytes() == content:
-            return
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise CheckpointError(f"could not write {path}: {error}; what was there before is untouched") from error
-
-
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A new folder that appears at `target`, replacing what is there, only if the body succeeds.

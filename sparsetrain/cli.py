@@ -5,6 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
+from sparsetrain.bench import command as bench
 from sparsetrain.config import (
     ConfigError,
     PruneConfig,
@@ -81,15 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--method", default="node_masks", help="how nodes are ranked (default node_masks)")
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
-    made = add("bench", _bench, "Check the kernels against their definitions, then time them beside torch's own.")
-    made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    made.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    made.add_argument("--quick", action="store_true", help="one small width: seconds in place of minutes")
-    made.add_argument("--out", default="bench.json", help="where the figures are written (default bench.json)")
-    made.add_argument(
-        "--publish", action="store_true",
-        help="in a checkout: write docs/benchmarks.md, its JSON and the cost model of backend='auto' from this run",
-    )  # fmt: skip
+    made = add(
+        "bench", bench.command, "Check the kernels against their definitions, then time them beside torch's own."
+    )
+    bench.add_arguments(made)
 
     made = add("page", _page, "Write the page of a circuit again, from what the run directory holds.")
     made.add_argument("run", help="a run directory")
@@ -103,11 +99,13 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from sparsetrain.bench.kernels import BenchError
     from sparsetrain.checkpoint import CheckpointError
     from sparsetrain.data import DataError
+    from sparsetrain.files import WriteError
     from sparsetrain.pruning.circuit import CircuitError
     from sparsetrain.tasks import TaskError
     from sparsetrain.train import Interrupted, TrainingError
 
-    return ConfigError, DataError, TaskError, CheckpointError, CircuitError, TrainingError, Interrupted, BenchError
+    files = DataError, CheckpointError, CircuitError, WriteError
+    return ConfigError, *files, TaskError, TrainingError, Interrupted, BenchError
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -175,17 +173,6 @@ def _prune(options: argparse.Namespace) -> None:
     for caution in cautions(found.measures):
         print(f"  - {caution}")
     print(f"page: {write_page(options.run, folder)}")
-
-
-def _bench(options: argparse.Namespace) -> None:
-    import torch
-
-    from sparsetrain.bench import run
-    from sparsetrain.train import pick_device
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    print(run.bench(pick_device(options.device), Path(options.out), options.quick, options.publish))
 
 
 def _device(options: argparse.Namespace):

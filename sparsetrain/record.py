@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sparsetrain.checkpoint import write_whole
+from sparsetrain.files import write_whole
 from sparsetrain.sparsity import Projected, count
 
 log = logging.getLogger(__name__)

@@ -24,6 +24,7 @@ from sparsetrain import checkpoint, machine, memory, sparsity
 from sparsetrain.candidates import finish_refill_, start_refill
 from sparsetrain.config import ConfigError, RunConfig, config_to_dict, config_to_yaml, known_keys, load_config
 from sparsetrain.data import Corpus, batch, evaluation_batches, file_hash, prepare
+from sparsetrain.files import write_json, write_whole
 from sparsetrain.kernels import ops
 from sparsetrain.model import Transformer
 from sparsetrain.optim import build_adam, decay_, learning_rate, scale_gradients_
@@ -80,6 +81,7 @@ def train(config: RunConfig) -> Path:
         ConfigError: the run directory holds a run with another config (every difference is listed).
         DataError: the corpus or the tokenizer cannot be used.
         CheckpointError: a checkpoint is damaged, or could not be written.
+        WriteError: another file of the run could not be written.
         TrainingError: the loss is no longer finite.
         Interrupted: a signal came; a checkpoint was written.
     """
@@ -244,9 +246,9 @@ def _value(config: RunConfig, key: str) -> Any:
 def _describe(run_dir: Path, run: Training) -> None:
     """Write what is needed to know, later and elsewhere, what was run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_whole(run_dir / "config.yaml", config_to_yaml(run.config).encode())
-    checkpoint.write_whole(run_dir / "tokenizer.json", (run.corpus.folder / "tokenizer.json").read_bytes())
-    checkpoint.write_json(
+    write_whole(run_dir / "config.yaml", config_to_yaml(run.config).encode())
+    write_whole(run_dir / "tokenizer.json", (run.corpus.folder / "tokenizer.json").read_bytes())
+    write_json(
         run_dir / "environment.json",
         {
             **machine.describe(run.device),
@@ -381,7 +383,7 @@ def _finish(run: Training) -> None:
     n_nonzero = sum(int(row["n_nonzero"]) for row in sparsity.count(run.tensors).values())
     summary_file = c.run_dir / "summary.json"
     earlier = json.loads(summary_file.read_text()) if summary_file.exists() else {}
-    checkpoint.write_json(
+    write_json(
         summary_file,
         {
             **earlier,

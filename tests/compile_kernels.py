@@ -2,8 +2,9 @@
 
     python -m tests.compile_kernels [word in a launch's name]
 
-One line a kernel and architecture. Launchers are called on CPU tensors whose memory is never touched: a stub stands in
-for the driver, and a launch stops once its kernel is compiled. `TRITON_INTERPRET` must not be set.
+One line a kernel and architecture, from a pool of two processes. Launchers are called on CPU tensors whose memory is
+never touched: a stub stands in for the driver, and a launch stops once its kernel is compiled. `TRITON_INTERPRET` must
+not be set.
 """
 
 import json
@@ -13,6 +14,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from sparsetrain.bench import designs
+from sparsetrain.bench.kernels import sparse_matrix
 from sparsetrain.kernels import slabs, sparse_linear
 from sparsetrain.kernels.abs_topk import abs_topk, abs_topk_backward
 from sparsetrain.kernels.project import project
@@ -30,6 +35,10 @@ from sparsetrain.kernels.sparse_weight import SparseWeight
 ARCHITECTURES = (80, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 N_TOKENS = 65536
+LINES = 2100  # of sparse products: several slices of every height (Triton makes an integer 1 a constant)
+# Both save half of the time: launches whose opcodes are counted, for the last architecture; those for it alone.
+COUNTED = re.compile("abs_topk (2048|8192|float16|unaligned)|rows|slabs")
+LAST_ALONE = re.compile("abs_topk (16384|32768)|design")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
@@ -39,13 +48,14 @@ def activations(width: int, dtype: torch.dtype, layout: str, n_tokens: int = N_T
     return torch.empty(width, n_tokens, dtype=dtype).mT
 
 
+WIDTHS = {"token-major": (2048, 16384, 32768), "channel-major": (2048, 8192, 16384)}  # a few shapes of tile, the widest
 LAUNCHES: dict[str, Callable[[], object]] = {
     f"abs_topk {width} {str(dtype).removeprefix('torch.')} {layout}": (
         lambda width=width, dtype=dtype, layout=layout: abs_topk(activations(width, dtype, layout), width // 4)
     )
-    for width in (2048, 4096, 8192)
+    for layout, widths in WIDTHS.items()
+    for width in widths
     for dtype in (torch.float32, torch.bfloat16)
-    for layout in ("token-major", "channel-major")
 } | {
     "abs_topk unaligned": lambda: abs_topk(activations(1000, torch.bfloat16, "channel-major", n_tokens=77), 250),
     "abs_topk float16": lambda: abs_topk(activations(512, torch.float16, "token-major"), 128),
@@ -59,12 +69,12 @@ LAUNCHES: dict[str, Callable[[], object]] = {
 
 
 def products(design: ModuleType, channels: int, dtype: torch.dtype, tokens: int, bias: bool = True) -> None:
-    """Both sparse products of a weight (96, channels) with two blocks of tokens."""
-    dense = torch.zeros(96, channels)
-    dense[:, ::7] = 1.0
+    """Both sparse products of a weight (LINES, channels) with two blocks of tokens."""
+    dense = torch.zeros(LINES, channels)
+    dense[:, :: channels // 7] = 1.0
     weight = SparseWeight.from_dense(dense)
-    x, y = (torch.empty(2, n, tokens, dtype=dtype) for n in (channels, 96))
-    design.matmul(x, weight.values, weight.rows, torch.zeros(96) if bias else None)
+    x, y = (torch.empty(2, n, tokens, dtype=dtype) for n in (channels, LINES))
+    design.matmul(x, weight.values, weight.rows, torch.zeros(LINES) if bias else None)
     design.sampled_matmul(y, x, weight.rows)
 
 
@@ -79,6 +89,18 @@ LAUNCHES |= {
 LAUNCHES |= {
     f"slabs {channels}": (lambda channels=channels: products(slabs, channels, torch.bfloat16, 1024, channels != 2048))
     for channels in (1024, 2048, 4096, 8192)
+}
+
+
+def design(variant: str) -> None:
+    """One of the variants that the benchmark of designs times."""
+    weight = sparse_matrix(1024, 0.005, torch.Generator().manual_seed(0))
+    designs.products(weight, torch.empty(2, 1024, designs.BLOCK, dtype=torch.bfloat16))[variant]()
+
+
+LAUNCHES |= {
+    f"design, {variant}": (lambda variant=variant: design(variant))
+    for variant in designs.products(SparseWeight.from_dense(torch.eye(1)), torch.empty(1, 1, designs.BLOCK))
 }
 
 
@@ -120,30 +142,46 @@ def compiled(launch: Callable[[], object], architecture: int) -> list:
 
 
 def describe(kernel) -> dict:
-    """Registers, bytes of stack and of shared memory, and how often each opcode occurs in a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
+    """Registers, bytes of stack and of shared memory, and whether anything is added atomically in global memory."""
+    usage = _read(kernel.asm["cubin"], "cuobjdump", "-res-usage")
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    opcodes = Counter(INSTRUCTION.findall(code))
-    spills = sum(n for opcode, n in opcodes.items() if opcode.startswith(("LDL", "STL")))
     return {
         "registers": registers, "stack": stack, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps,
-        "spills": spills, "opcodes": dict(opcodes.most_common()),
+        "atomics": bool(re.search(r"\b(red|atom)\.[\w.]*global", kernel.asm["ptx"])),
     }  # fmt: skip
 
 
+def opcodes(kernel) -> dict[str, int]:
+    """How often each opcode occurs in a compiled kernel."""
+    return dict(Counter(INSTRUCTION.findall(_read(kernel.asm["cubin"], "nvdisasm", "-c"))).most_common())
+
+
+@cache  # launches share kernels, and to disassemble one takes half a second
+def _read(binary: bytes, tool: str, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def describe_launch(name: str, architecture: int) -> list[dict]:
+    found = []
+    for kernel in compiled(LAUNCHES[name], architecture):
+        found.append({"launch": name, "kernel": kernel.metadata.name, "architecture": architecture, **describe(kernel)})
+        if architecture == ARCHITECTURES[-1] and COUNTED.match(name):
+            found[-1]["opcodes"] = opcodes(kernel)
+    return found
+
+
 def describe_all(word: str = "") -> Iterator[dict]:
-    for architecture in ARCHITECTURES:
-        for name, launch in LAUNCHES.items():
-            if word in name:
-                for kernel in compiled(launch, architecture):
-                    found = {"launch": name, "kernel": kernel.metadata.name, "architecture": architecture}
-                    yield found | describe(kernel)
+    chosen = [
+        (name, architecture)
+        for name in LAUNCHES if word in name
+        for architecture in ARCHITECTURES[1 if LAST_ALONE.match(name) else 0 :]
+    ]  # fmt: skip
+    with ProcessPoolExecutor(2) as pool:
+        for found in pool.map(describe_launch, *zip(*chosen, strict=True), chunksize=4):
+            yield from found
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import sysconfig
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when a module of kernels is imported
 
-from sparsetrain.config import RunConfig, load_config
+if TYPE_CHECKING:
+    from sparsetrain.config import RunConfig  # imported where it is used: the kernels' tests need torch alone
 
 torch.set_num_threads(1)
 
@@ -37,13 +39,16 @@ def tiny(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_config(tiny) -> RunConfig:
+def tiny_config(tiny) -> "RunConfig":
+    from sparsetrain.config import RunConfig, load_config
+
     return load_config(RunConfig, tiny)
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny) -> Path:
     """A finished run, shared by tests that only read it."""
+    from sparsetrain.config import RunConfig, load_config
     from sparsetrain.train import train
 
     return train(load_config(RunConfig, [*tiny, "run.name=shared"]))

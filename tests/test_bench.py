@@ -9,7 +9,7 @@ import torch
 from sparsetrain import machine
 from sparsetrain.bench import kernels, report, run, timing
 from sparsetrain.cli import main
-from sparsetrain.kernels import cpu
+from sparsetrain.kernels import costs, cpu
 
 CPU = torch.device("cpu")
 
@@ -106,6 +106,7 @@ def test_the_command_writes_figures_and_prints_tables(small, tmp_path, capsys):
     assert len(written["rows"]) > 40
     assert "| d | tokens | density |" in capsys.readouterr().out
     assert main(["bench", "--quick", "--publish", "--out", str(out)]) == 1
+    assert "publishing needs a whole run" in capsys.readouterr().err
 
 
 def test_publishing_writes_the_figures_the_page_and_the_model(small, tmp_path, monkeypatch):
@@ -113,9 +114,17 @@ def test_publishing_writes_the_figures_the_page_and_the_model(small, tmp_path, m
     page = tmp_path / "docs" / "benchmarks.md"
     page.write_text("# Benchmarks\n\n<!-- bench kernels-cpu -->\nold\n<!-- end kernels-cpu -->\n\nkept\n")
     monkeypatch.setattr(run, "ROOT", tmp_path)
-    shutil.copy(run.costs.FILE, tmp_path / "costs.json")
-    monkeypatch.setattr(run.costs, "FILE", tmp_path / "costs.json")
-    run.bench(CPU, tmp_path / "bench.json", publish=True)
+    shutil.copy(costs.FILE, tmp_path / "costs.json")
+    monkeypatch.setattr(costs, "FILE", tmp_path / "costs.json")
+    before = costs.FILE.read_text()
+    elsewhere = tmp_path / "elsewhere"
+    with pytest.raises(kernels.BenchError, match="a folder that is there, got .*elsewhere"):
+        run.bench(CPU, tmp_path / "bench.json", publish=elsewhere)
+    elsewhere.mkdir()
+    run.bench(CPU, tmp_path / "bench.json", publish=elsewhere)
+    assert {f.name for f in elsewhere.iterdir()} == {"kernels-cpu.json", "benchmarks.md", "costs.json"}
+    assert costs.FILE.read_text() == before
+    run.bench(CPU, tmp_path / "bench.json", publish=tmp_path / "docs")
     text = page.read_text()
     assert "old" not in text and text.endswith("kept\n") and "**`abs_topk`**" in text
     assert json.loads((tmp_path / "docs" / "kernels-cpu.json").read_text())["rows"]

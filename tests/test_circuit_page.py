@@ -18,8 +18,9 @@ from sparsetrain.analysis.circuit_data import FORMAT
 from sparsetrain.analysis.circuit_layout import Layout, channel_of, edge_length, lay_out, site_of
 from sparsetrain.analysis.circuit_page import write_page
 from sparsetrain.analysis.readings import cautions, readings
-from sparsetrain.checkpoint import CheckpointError, load_run
+from sparsetrain.checkpoint import load_run
 from sparsetrain.config import ModelOptions
+from sparsetrain.files import WriteError
 from sparsetrain.pruning.circuit import Circuit, edges_between, load_circuit, save_circuit
 from sparsetrain.pruning.evaluate import Ablation, Calibration
 from sparsetrain.pruning.graph import node_sites, without_dangling
@@ -285,7 +286,7 @@ def test_the_page_is_written_whole_or_not_at_all(folder, tiny_run, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(CheckpointError, match="disk full; what was there before is untouched"):
+    with pytest.raises(WriteError, match="disk full; what was there before is untouched"):
         write_page(tiny_run, folder)
     assert page.read_text() == "an older page"
     assert {f.name for f in folder.iterdir()} == {"circuit.html", "circuit.json", "masks.safetensors", "metrics.json"}

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"kernels"},
-    {"config", "linear", "task_fragments", "machine"},
+    {"config", "files", "linear", "machine", "task_fragments"},
     {"data", "model", "task_prompts"},
     {"sparsity", "checkpoint", "tasks"},
     {"candidates", "memory", "optim", "record", "threads"},

@@ -1,6 +1,8 @@
 """The sparse products on every backend: forward and gradients against float64, in every layout and at the edges."""
 
+import functools
 import os
+import shutil
 
 import pytest
 import torch
@@ -273,6 +275,22 @@ def test_a_compiler_that_fails_is_said_once_and_not_fatal(monkeypatch, caplog, t
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert native.library.__wrapped__() is None
     assert "no such target" in caplog.text
+
+
+def test_a_compiler_of_another_openmp_is_said_once_and_builds_without_threads(monkeypatch, caplog, tmp_path):
+    real = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if real is None:
+        pytest.skip("needs a C compiler")
+    other = tmp_path / "bin" / "cc"
+    other.parent.mkdir()
+    other.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) echo other runtime >&2; exit 1;; esac\nexec {real} "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{other.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library = functools.cache(native.library.__wrapped__)
+    assert library() is library() is not None
+    (message,) = caplog.messages
+    assert "run on one thread" in message and "other runtime" in message
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -96,6 +96,12 @@ def test_abs_topk_of_rows_wider_than_a_warp_holds(dtype, layout):
     assert_is_abs_topk(x, 1234)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_abs_topk_of_channels_too_many_for_their_layout_keeps_the_layout(dtype):
+    x = torch.randn(2, 3, 16400, generator=torch.Generator().manual_seed(8)).to(DEVICE, dtype)
+    assert_is_abs_topk(x.mT.contiguous().mT, 4100)
+
+
 def test_abs_topk_of_its_greatest_width_and_not_above():
     x = torch.ones(1, 32768, dtype=torch.bfloat16, device=DEVICE)
     assert (abs_topk(x, 32767) != 0).sum() == 32767

@@ -47,6 +47,21 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def products(weight: SparseWeight, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Every variant of the forward product of a weight with x (B, K, T), by name."""
+    block = x.shape[2]
+
+    def rows(tile: int) -> Callable[[], Tensor]:
+        return lambda: sparse_linear.matmul(x, weight.values, weight.rows, tile=tile)
+
+    def slab(tokens: int, warps: int) -> Callable[[], Tensor]:
+        return lambda: slabs.matmul(x, weight.values, weight.rows, slab=tokens, warps=warps)
+
+    tiles = {f"rows of {tile} tokens": rows(tile) for tile in (256, 512, 1024) if tile <= block}
+    kept = {f"slabs of {n} tokens, {w} warps": slab(n, w) for n in (64, 32, 16, 8) for w in (32, 8) if n <= block}
+    return tiles | kept
+
+
 def _size(d: int, density: float, tokens: int, rounds: int, device: torch.device) -> list[dict]:
     generator = torch.Generator(device).manual_seed(d)
     weight = sparse_matrix(d, density, generator)
@@ -55,7 +70,7 @@ def _size(d: int, density: float, tokens: int, rounds: int, device: torch.device
         torch.randn(tokens // block, d, block, device=device, generator=generator).to(torch.bfloat16) for _ in range(2)
     )
     exact = weight.to_dense()[:64].double() @ x.double()
-    for name, product in _products(weight, x, block).items():
+    for name, product in products(weight, x).items():
         hold(f"{name} of {weight!r}", product()[:, :64], exact, 1e-2)
     sampled = {
         "sampled, rows": lambda: sparse_linear.sampled_matmul(y, x, weight.rows),
@@ -66,7 +81,7 @@ def _size(d: int, density: float, tokens: int, rounds: int, device: torch.device
     for name, product in sampled.items():
         hold(f"{name} of {weight!r}", product()[:64], exact, 1e-5)
     cases = (
-        _products(weight, x, block)
+        products(weight, x)
         | sampled
         | {
             "copy of x to y": copy_seconds(2 * 2 * x.numel(), device),
@@ -75,18 +90,6 @@ def _size(d: int, density: float, tokens: int, rounds: int, device: torch.device
     taken = interleaved(cases, rounds, device)
     size = {"d": d, "density": density, "n": tokens, "nnz": weight.n_nonzero}
     return [size | {"variant": name, "seconds": seconds} for name, seconds in taken.items()]
-
-
-def _products(weight: SparseWeight, x: Tensor, block: int) -> dict[str, Callable[[], Tensor]]:
-    def rows(tile: int) -> Callable[[], Tensor]:
-        return lambda: sparse_linear.matmul(x, weight.values, weight.rows, tile=tile)
-
-    def slab(tokens: int, warps: int) -> Callable[[], Tensor]:
-        return lambda: slabs.matmul(x, weight.values, weight.rows, slab=tokens, warps=warps)
-
-    tiles = {f"rows of {tile} tokens": rows(tile) for tile in (256, 512, 1024) if tile <= block}
-    kept = {f"slabs of {n} tokens, {w} warps": slab(n, w) for n in (64, 32, 16, 8) for w in (32, 8) if n <= block}
-    return tiles | kept
 
 
 if __name__ == "__main__":

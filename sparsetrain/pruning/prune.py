@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsetrain import checkpoint
 from sparsetrain.config import PruneConfig, RunConfig
 from sparsetrain.data import evaluation_batches
+from sparsetrain.files import write_json
 from sparsetrain.pruning.circuit import Circuit, edges_between, save_circuit
 from sparsetrain.pruning.cut import Cut, find
 from sparsetrain.pruning.evaluate import build_ablation, calibrate, node_effects, task_score
@@ -54,6 +55,7 @@ def prune(
     Raises:
         TaskError: the task is unknown, or its answers are not single tokens of the run's tokenizer.
         CheckpointError: the run holds no readable model.
+        WriteError: a result could not be written.
     """
     run = Path(run)
     model, tokenizer, run_config = checkpoint.load_run(run, device)
@@ -71,7 +73,7 @@ def prune(
     if not cut.reached:
         answer = Unreached(chosen.name, cut.loss, config.target_loss, full_loss, _why(cut, full_loss, config))
         folder.mkdir(parents=True, exist_ok=True)  # a circuit found earlier, with other settings, stays
-        checkpoint.write_json(folder / "unreached.json", dataclasses.asdict(answer))
+        write_json(folder / "unreached.json", dataclasses.asdict(answer))
         _summarise(run, {"task": chosen.name, **dataclasses.asdict(answer)})
         return answer
     log.info("measuring %d nodes on held-out prompts", n_nodes(cut.nodes))
@@ -102,7 +104,7 @@ def _summarise(run: Path, newest: dict[str, Any]) -> None:
     file = run / "summary.json"
     summary = json.loads(file.read_text()) if file.exists() else {}
     summary["circuit"] = newest
-    checkpoint.write_json(file, summary)
+    write_json(file, summary)
 
 
 def _task_reference(task: str) -> str:

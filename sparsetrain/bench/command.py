@@ -1,0 +1,45 @@
+"""The command `sparsetrain bench`; `python -m sparsetrain.bench.command` is the same where only torch is installed."""
+
+import argparse
+import logging
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command can be told."""
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--quick", action="store_true", help="one small width: seconds in place of minutes")
+    parser.add_argument("--out", default="bench.json", help="where the figures are written (default bench.json)")
+    parser.add_argument(
+        "--publish", nargs="?", const="docs", metavar="FOLDER",
+        help="keep the figures and their page in FOLDER (default docs) and fit the cost model of backend='auto', which "
+        "for the docs of a checkout is the one in use",
+    )  # fmt: skip
+
+
+def command(options: argparse.Namespace) -> None:
+    """Run the benchmark and print its tables.
+
+    Raises:
+        BenchError: an op's result is wrong, or there is no such device.
+    """
+    import torch
+
+    from sparsetrain.bench import run
+    from sparsetrain.bench.kernels import BenchError
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise BenchError("--device must be auto or cpu on a machine without a CUDA device, got cuda")
+    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    publish = None if options.publish is None else Path(options.publish)
+    print(run.bench(device, Path(options.out), options.quick, publish))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser("sparsetrain.bench.command", description=__doc__)
+    add_arguments(parser)
+    command(parser.parse_args())
