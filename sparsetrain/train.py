@@ -291,7 +291,7 @@ def _loop(run: Training) -> None:
                 recorder.numbers(run.step, _numbers(run, losses.newest, rms.item(), speed))
             if last or run.step % c.train.eval_every == 0:
                 run.val_loss = evaluate(run)
-                recorder.numbers(run.step, {"loss/val": run.val_loss})
+                recorder.numbers(run.step, {"loss/val": run.val_loss, "seconds": run.seconds})
                 recorder.sparsity(run.step, run.tensors)
                 _tell(run, losses.newest)
             if run.step % c.train.histogram_every == 0:

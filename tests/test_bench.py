@@ -119,12 +119,12 @@ def test_publishing_writes_the_figures_the_page_and_the_model(small, tmp_path, m
     before = costs.FILE.read_text()
     elsewhere = tmp_path / "elsewhere"
     with pytest.raises(kernels.BenchError, match="a folder that is there, got .*elsewhere"):
-        run.bench(CPU, tmp_path / "bench.json", publish=elsewhere)
+        run.bench("kernels", CPU, tmp_path / "bench.json", publish=elsewhere)
     elsewhere.mkdir()
-    run.bench(CPU, tmp_path / "bench.json", publish=elsewhere)
+    run.bench("kernels", CPU, tmp_path / "bench.json", publish=elsewhere)
     assert {f.name for f in elsewhere.iterdir()} == {"kernels-cpu.json", "benchmarks.md", "costs.json"}
     assert costs.FILE.read_text() == before
-    run.bench(CPU, tmp_path / "bench.json", publish=tmp_path / "docs")
+    run.bench("kernels", CPU, tmp_path / "bench.json", publish=tmp_path / "docs")
     text = page.read_text()
     assert "old" not in text and text.endswith("kept\n") and "**`abs_topk`**" in text
     assert json.loads((tmp_path / "docs" / "kernels-cpu.json").read_text())["rows"]

@@ -1,6 +1,7 @@
 """`sparsetrain bench`: measure, write the figures, say what they say."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,15 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 log = logging.getLogger(__name__)
 
 
-def bench(device: torch.device, out: Path, quick: bool = False, publish: Path | None = None) -> str:
-    """Check and time the kernels on a device.
+def bench(what: str, device: torch.device, out: Path, quick: bool = False, publish: Path | None = None) -> str:
+    """Check and time the kernels, or time whole training steps, or compare training rules, on a device.
 
     Args:
+        what: "kernels", "step" or "rules".
         device: cpu, or a cuda device.
         out: the JSON file to write: {"environment": ..., "rows": [...]}.
-        quick: one width, for a look.
-        publish: a folder that also keeps the JSON, this device's part of benchmarks.md, and the cost model of
-            `backend="auto"` with this device's part fitted; where it is the checkout's docs/, the model in use.
+        quick: small sizes, for a look.
+        publish: a folder that also keeps the JSON, this device's part of benchmarks.md, and with "kernels" the cost
+            model of `backend="auto"` with this device's part fitted; in the checkout's docs/, the model in use.
 
     Returns:
         Markdown tables.
@@ -32,15 +34,32 @@ def bench(device: torch.device, out: Path, quick: bool = False, publish: Path | 
     """
     if publish and (quick or not publish.is_dir()):
         raise kernels.BenchError(f"publishing needs a whole run (no --quick) and a folder that is there, got {publish}")
-    rows = kernels.measure(device, quick, log.info)
+    rows, summary = _measured(what, device, quick, out)
     result = {"environment": machine.describe(device), "rows": rows}
     write_json(out, result)
-    text = report.summary(result)
+    text = summary(result)
     if publish:
-        name = f"kernels-{device.type}"
+        name = f"{what}-{device.type}"
         write_json(publish / f"{name}.json", result)
         report.write_section(publish / "benchmarks.md", name, text)
+    if publish and what == "kernels":
         model = costs.FILE if publish.resolve() == ROOT / "docs" else publish / costs.FILE.name
         write_json(model, {**costs.table(), device.type: report.coefficients(result)})
         costs.table.cache_clear()
     return f"{text}\n\nfigures: {out}"
+
+
+def _measured(what: str, device: torch.device, quick: bool, out: Path) -> tuple[list[dict], Callable[[dict], str]]:
+    """The rows of a benchmark, and what says them. Training needs omegaconf, which kernels do without."""
+    if what == "kernels":
+        return kernels.measure(device, quick, log.info), report.summary
+    if what == "rules":
+        from sparsetrain.bench import rules
+
+        return rules.measure(out.with_suffix(""), quick, log.info), rules.summary
+    from sparsetrain.bench import step, step_report
+
+    rows = []
+    for config in step.configs(device, quick):
+        rows += step.measure(config, device, log.info)
+    return rows, step_report.summary

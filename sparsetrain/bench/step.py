@@ -49,6 +49,18 @@ def base(width: int, layers: int, density: float, batch_size: int, steps: int, d
     )
 
 
+def configs(device: torch.device, quick: bool) -> list[RunConfig]:
+    """The sizes that are measured: those the project set itself targets for."""
+    if quick:
+        return [base(128, 2, 1 / 16, 4, FEW)]
+    if device.type == "cuda":
+        return [
+            base(4096, 8, 1 / 1024, 64, 3 * FEW, "bfloat16"),
+            base(2048, 8, 1 / 256, 64, 3 * FEW, "bfloat16"),
+        ]
+    return [base(512, 4, 1 / 64, 16, 200)]
+
+
 def arms(config: RunConfig) -> dict[str, RunConfig]:
     """What is compared, by name: the same model and numerics three times, and two dense transformers."""
     plain = replace(config, model=replace(config.model, abs_topk=DENSE), sparsity=replace(config.sparsity, density=1.0))
@@ -78,7 +90,7 @@ def measure(config: RunConfig, device: torch.device, say: Callable[[str], None])
         say: told what is being done.
 
     Returns:
-        A row for each arm: arm, seconds (of each step but the first), losses (of each step), tokens (of a step),
+        A row for each arm: size, arm, seconds (of each step but the first), losses (of each step), tokens (of a step),
         parameters, nonzeros, peak_bytes, floor (seconds; of ours alone) and profile: {what: seconds} of one step.
     """
     corpus = prepare(config.data)
@@ -89,7 +101,8 @@ def measure(config: RunConfig, device: torch.device, say: Callable[[str], None])
             _perturb_(runs[name])
         n = sum(t.l0(arm.sparsity, 1.0) for t in projected(runs[name].model, arm.sparsity))
         rows.append({
-            "arm": name, "seconds": [], "losses": [], "tokens": arm.train.batch_size * arm.model.n_ctx,
+            "size": _size(config), "arm": name, "seconds": [], "losses": [],
+            "tokens": arm.train.batch_size * arm.model.n_ctx,
             "parameters": sum(p.numel() for p in runs[name].model.parameters()), "nonzeros": n,
         })  # fmt: skip
     for i in range(config.train.steps):
@@ -107,6 +120,14 @@ def measure(config: RunConfig, device: torch.device, say: Callable[[str], None])
         row["peak_bytes"] = _peak_bytes(row["arm"], config, device, runs[row["arm"]], corpus)
         row["floor"] = floor(config, device) if row["arm"] == OURS else None
     return rows
+
+
+def _size(config: RunConfig) -> str:
+    m = config.model
+    return (
+        f"d = {m.d_model}, {m.n_layers} layers, density 1/{1 / config.sparsity.density:.0f}, "
+        f"{config.train.batch_size} x {m.n_ctx} tokens, {config.run.dtype}"
+    )
 
 
 @torch.no_grad()

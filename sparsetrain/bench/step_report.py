@@ -1,0 +1,110 @@
+"""What the benchmark of whole training steps says: who is faster, what it takes, where the time goes, what it costs."""
+
+from statistics import mean, median
+
+from sparsetrain.bench.step import OURS, RECIPE, TWIN
+from sparsetrain.bench.timing import ratio
+
+LAST = 50  # steps whose losses are compared
+
+
+def summary(result: dict) -> str:
+    """Markdown tables of one run.
+
+    Args:
+        result: {"environment": ..., "rows": [...]}, rows as `step.measure` returns them, with the sizes of the model.
+    """
+    env = result["environment"]
+    parts = [
+        f"{env['device']}, {env['threads']} threads, torch {env['versions']['torch']}, Triton "
+        f"{env['versions']['triton']}, Python {env['python']}, commit {env['commit']}, {env['date']}. Whole training "
+        "steps in one process, one of each arm in turn, on the same batches of the standard library's source; medians, "
+        "and in brackets the least and the greatest. `dense-masked` is the released recipe: the same model and "
+        "numerics with dense products, torch.topk + scatter, torch's own attention and loss, dense Adam, and a "
+        "projection by torch.topk. The dense transformers have our attention and loss."
+    ]
+    for size, rows in _by_size(result["rows"]):
+        parts.append(f"**{size}**\n\n{_table(rows)}\n\n{_losses_line(rows)}\n\n{_floor_line(rows)}")
+        parts.append(f"Where the time of a step goes, in ms (one profiled step of each):\n\n{_profile_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def _by_size(rows: list[dict]) -> list[tuple[str, list[dict]]]:
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    return [(size, [row for row in rows if row["size"] == size]) for size in sizes]
+
+
+def _table(rows: list[dict]) -> str:
+    rival = _arm(rows, RECIPE)
+    lines = [
+        "| arm | ms a step | tokens/s | x dense-masked | peak memory, GiB | weights | nonzeros at most |",
+        "|---|" + "---|" * 6,
+    ]
+    for row in rows:
+        if row["arm"] == TWIN:
+            continue
+        ms, speed = sorted(1e3 * s for s in row["seconds"]), row["tokens"] / median(row["seconds"])
+        middle, least, greatest = ratio(rival["seconds"], row["seconds"])
+        cells = (
+            row["arm"], f"{median(ms):.0f} ({ms[0]:.0f}-{ms[-1]:.0f})", f"{speed:,.0f}",
+            "" if row is rival else f"{middle:.3g} ({least:.2g}-{greatest:.2g})", f"{row['peak_bytes'] / 2**30:.2f}",
+            f"{row['parameters']:,}", f"{row['nonzeros']:,}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def losses(rows: list[dict]) -> dict[str, float]:
+    """Mean loss over the last steps of ours and of the recipe, how far each step's differ, and how far noise moves it.
+
+    Returns:
+        ours, recipe (nats), difference (mean absolute one, step by step), noise (the same, of ours started from weights
+        that differ by 1e-6).
+    """
+    ours, recipe, twin = (_arm(rows, name)["losses"][-LAST:] for name in (OURS, RECIPE, TWIN))
+    return {
+        "ours": mean(ours),
+        "recipe": mean(recipe),
+        "difference": mean(abs(a - b) for a, b in zip(ours, recipe, strict=True)),
+        "noise": mean(abs(a - b) for a, b in zip(ours, twin, strict=True)),
+    }
+
+
+def _losses_line(rows: list[dict]) -> str:
+    found, steps = losses(rows), len(_arm(rows, OURS)["losses"])
+    return (
+        f"Losses over the last {min(LAST, steps)} of {steps} steps from the same weights: ours with the dense gradient "
+        f"{found['ours']:.4f}, dense-masked {found['recipe']:.4f}; step by step they differ by "
+        f"{found['difference']:.4f} on average, and ours from ours started 1e-6 away by {found['noise']:.4f}."
+    )
+
+
+def _floor_line(rows: list[dict]) -> str:
+    ours = _arm(rows, OURS)
+    return (
+        f"The ops' floors (bytes at the speed of a copy, multiply-adds at that of a dense product, without the dense "
+        f"gradient's own product) sum to {1e3 * ours['floor']:.0f} ms; a step with the dense gradient takes "
+        f"{median(ours['seconds']) / ours['floor']:.2g} times that, with candidates "
+        f"{median(_arm(rows, 'ours, candidates')['seconds']) / ours['floor']:.2g} times."
+    )
+
+
+def _profile_table(rows: list[dict]) -> str:
+    shown = [row for row in rows if row["arm"] in (RECIPE, OURS, "ours, candidates")]
+    columns = []
+    for row in shown:
+        total = sum(row["profile"].values())
+        named = sorted(((k, v) for k, v in row["profile"].items() if k != "other"), key=lambda pair: -pair[1])
+        named = [*named[:8], ("all else", total - sum(v for _, v in named[:8]))]
+        columns.append([f"{_short(name)} {1e3 * seconds:.0f}" for name, seconds in named])
+    lines = [f"| {' | '.join(row['arm'] for row in shown)} |", "|---|" + "---|" * (len(shown) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in zip(*columns, strict=True))])
+
+
+def _short(name: str) -> str:
+    name = name.removeprefix("GeneratedBackwardFor_sparsetrain_").removesuffix("_default")
+    return f"`{name.removeprefix('sparsetrain::').removeprefix('aten::')}`"
+
+
+def _arm(rows: list[dict], name: str) -> dict:
+    return next(row for row in rows if row["arm"] == name)
