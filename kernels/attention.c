@@ -22,7 +22,7 @@ typedef uint32_t word; /* a bit for each of WORD entries */
 #define HALF 32   /* queries of half a tile: of the keys of their own block they see at least one word */
 #define KEYS 16   /* keys of a block of the backward pass */
 #define CHUNK 128 /* queries of a block of the backward pass: 8 KB of probabilities */
-#define DENSE 0.75 /* share of entries that are not zero above which bits do not pay */
+#define DENSE 0.6  /* share of entries that are not zero above which bits do not pay */
 #define LOG2E 1.44269504088896f
 #define LN2 0.693147180559945f
 #define INLINE static inline __attribute__((always_inline))

@@ -265,6 +265,12 @@ def transposed(x: Tensor) -> Tensor:
     return y
 
 
+@torch.compiler.assume_constant_result
+def has_library() -> bool:
+    """Whether the C is there; attention, which has no other fast path, is left to its reference where it is not."""
+    return library() is not None
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int) -> tuple[Tensor, Tensor]:
     """`reference.attend` on channels, in float32.
 

@@ -275,7 +275,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int, ba
         if backend == "cpu":
             raise ValueError(f"d_head must be at most {WIDEST_HEAD} for backend 'cpu', got {d_head}; use 'auto'")
         chosen = "reference"
-    if chosen == "reference" or not q.numel() or not _has_library():
+    if chosen == "reference" or not q.numel() or not cpu.has_library():
         return reference.attend(q, k, v, sink, d_head)
     rows = (x.mT if reference.tokens_contiguous(x) else _swapped(x) for x in (q, k, v))  # (B, D, T)
     z, _ = _attend(*rows, None if sink is None else sink.to(q.dtype).contiguous(), d_head)
@@ -511,11 +511,6 @@ def _linear_backend(backend: Backend, x: Tensor, weight: SparseWeight) -> str:
             " with gradients" if training else "", predicted, costs.origin(device),
         )  # fmt: skip
     return chosen
-
-
-@torch.compiler.assume_constant_result
-def _has_library() -> bool:
-    return cpu.library() is not None
 
 
 def _module(backend: str, op: str):

@@ -136,6 +136,14 @@ def test_channel_major_activations_are_not_copied(monkeypatch):
     step(ops.attend, *map(channel_major, (q, k, v)), sink, channel_major(grad), 4)
 
 
+def test_channels_that_lie_further_apart_are_read_right():
+    q, k, v, sink, grad = inputs((2, 20, 2, 4))
+    apart = [channel_major(x.repeat_interleave(n, dim=-1))[..., ::n] for x, n in ((q, 1), (k, 2), (v, 3), (grad, 4))]
+    assert [x.stride(-1) for x in apart] == [20, 40, 60, 80]
+    ours = step(ops.attend, *apart[:3], sink, apart[3], 4)
+    assert_near(ours, step(written_out, *doubled(q, k, v, sink, grad), 4))
+
+
 def test_gradients_that_are_expanded_or_of_mixed_layouts_are_read_right():
     q, k, v, sink, grad = inputs((2, 20, 2, 4))
     mixed = channel_major(q), token_major(k), v.repeat_interleave(2, dim=1)[:, ::2]
