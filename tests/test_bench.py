@@ -81,7 +81,7 @@ def test_the_cost_model_is_fitted_for_every_type_and_pass(result):
     ("matmul", lambda real: lambda *a: real(*a) * 1.001),
     ("sampled_matmul", lambda real: lambda *a: real(*a).roll(1)),
     ("abs_topk", lambda real: lambda x, k: real(x, k - 1)),
-    ("project", lambda real: lambda w, k, *floors: real(w, k)),
+    ("project_", lambda real: lambda w, k, *floors: real(w, k)),
 ])  # fmt: skip
 def test_a_wrong_op_is_not_timed(small, monkeypatch, name, wrong):
     monkeypatch.setattr(cpu, name, wrong(getattr(cpu, name)))
