@@ -9,6 +9,7 @@ import math
 from functools import cache
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,19 +18,34 @@ FILE = Path(__file__).with_name("costs.json")
 DENSE = "reference"
 
 
-def terms(backend: str, m: int, k: int, n: int, nnz: int) -> dict[str, int]:
+class Size(NamedTuple):
+    """Of y = x W^T: rows and columns of W, tokens, nonzeros, and whether x is token-major."""
+
+    m: int
+    k: int
+    n: int
+    nnz: int
+    token_major: bool
+
+
+def terms(backend: str, size: Size) -> dict[str, int]:
     """How much there is of each thing that takes time in y = x W^T.
 
     Args:
-        backend: one of `ops`; the reference multiplies every entry of W, the others its nonzeros.
-        m, k, n, nnz: rows and columns of W, tokens, nonzeros.
+        backend: one of `ops`. The reference writes out and multiplies every entry of W; the others multiply its
+            nonzeros, and convert token-major activations.
+        size: of the product.
     """
-    entries = m * k if backend == DENSE else nnz
-    return {"call": 1, "multiply": entries * n, "activation": (m + k) * n, "weight": entries}
+    m, k, n, nnz, token_major = size
+    dense = backend == DENSE
+    return {
+        "call": 1, "multiply": (m * k if dense else nnz) * n, "activation": (m + k) * n, "nonzero": nnz,
+        "entry": m * k if dense else 0, "convert": 0 if dense or not token_major else (m + k) * n,
+    }  # fmt: skip
 
 
-def predict(backend: str, device: str, dtype: torch.dtype, size: tuple[int, int, int, int], training: bool) -> float:
-    """Seconds that a product takes; `training` adds both gradients. `size` is (m, k, n, nnz) as in `terms`.
+def predict(backend: str, device: str, dtype: torch.dtype, size: Size, training: bool) -> float:
+    """Seconds that a product takes; `training` adds both gradients.
 
     Infinite where the benchmark gave up on a backend: bf16 products on a CPU without bf16 units.
     """
@@ -37,7 +53,12 @@ def predict(backend: str, device: str, dtype: torch.dtype, size: tuple[int, int,
     coefficients = table()[device][name]["training" if training else "forward"].get(backend)
     if coefficients is None:
         return math.inf
-    return sum(coefficients[term] * amount for term, amount in terms(backend, *size).items())
+    return total(coefficients, terms(backend, size))
+
+
+def total(coefficients: dict[str, float], amounts: dict[str, int]) -> float:
+    """Seconds, from the seconds of each unit."""
+    return sum(coefficients[term] * amount for term, amount in amounts.items())
 
 
 def origin(device: str) -> str:
@@ -51,20 +72,21 @@ def table() -> dict:
     return json.loads(FILE.read_text())
 
 
-def fit(backend: str, rows: list[tuple[int, int, int, int, float]]) -> dict[str, float]:
-    """The non-negative coefficients with the least squared relative error over measured (m, k, n, nnz, seconds).
+def fit(backend: str, rows: list[tuple[Size, float]]) -> dict[str, float]:
+    """The non-negative coefficients with the least squared relative error over measured sizes and seconds.
 
     Raises:
         ValueError: no rows.
     """
     if not rows:
         raise ValueError(f"fitting the cost of {backend!r} needs at least one measurement, got none")
-    names = list(terms(backend, *rows[0][:-1]))
-    amounts = np.array([list(terms(backend, *row[:-1]).values()) for row in rows], dtype=float)
-    relative = amounts / np.array([[row[-1]] for row in rows])
+    names = list(terms(backend, rows[0][0]))
+    amounts = np.array([list(terms(backend, size).values()) for size, _ in rows], dtype=float)
+    relative = amounts / np.array([[seconds] for _, seconds in rows])
+    there = [i for i in range(len(names)) if amounts[:, i].any()]
     best, least = {}, np.inf
-    for n_terms in range(1, len(names) + 1):  # few terms: every subset is tried, and negative solutions are left out
-        for chosen in map(list, combinations(range(len(names)), n_terms)):
+    for n_terms in range(1, len(there) + 1):  # few terms: every subset is tried, and negative solutions are left out
+        for chosen in map(list, combinations(there, n_terms)):
             solution, *_ = np.linalg.lstsq(relative[:, chosen], np.ones(len(rows)), rcond=None)
             error = float(((relative[:, chosen] @ solution - 1) ** 2).sum())
             if (solution >= 0).all() and error < least:

@@ -8,11 +8,12 @@ activations and convert others, so a model that keeps them channel-major pays fo
 import logging
 import os
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from numbers import Integral
+from operator import index
 from typing import Literal
 
 import torch
@@ -357,9 +358,12 @@ def using(backend: Backend) -> Iterator[None]:
 
 def designs(x: Tensor, weight: SparseWeight) -> list[str]:
     """The designs of Triton's sparse products that take x and the gradient of the result: backends to ask for."""
+    return _designs(x.dtype, weight.shape, _block_tokens(x))
+
+
+def _designs(dtype: torch.dtype, shape: tuple[int, int], block_tokens: int) -> list[str]:
     slabs = import_module("sparsetrain.kernels.slabs")
-    tokens = _block_tokens(x)
-    fits = all(slabs.suits(x.dtype, channels, tokens) for channels in weight.shape)
+    fits = all(slabs.suits(dtype, channels, block_tokens) for channels in shape)
     return list(DESIGNS if fits else DESIGNS[:1])
 
 
@@ -445,37 +449,53 @@ def _pick(
     x: Tensor,
     allowed: tuple[str, ...] = BACKENDS,
     longest: int = 0,
-    types: Collection[torch.dtype] = tuple(cpu.NAMES),
+    types: tuple[torch.dtype, ...] = tuple(cpu.NAMES),
 ) -> str:
     """The backend that runs for x: the one asked for if it can, or under "auto" the fast one if there is one.
 
     `longest` is the most entries that an op must hold at once to select among them; `types` are those its C takes.
     """
+    return _pick_for(backend, x.device.type, x.dtype, allowed, index(longest), types)
+
+
+# torch.compile calls the two choices below once for each size, and does not trace into the files and modules they read.
+# `index` makes it a plain integer where the size is a symbol.
+@torch.compiler.assume_constant_result
+def _pick_for(
+    backend: Backend,
+    device: str,
+    dtype: torch.dtype,
+    allowed: tuple[str, ...],
+    longest: int,
+    types: tuple[torch.dtype, ...] = tuple(cpu.NAMES),
+) -> str:
     if backend not in allowed:
         raise ValueError(f"backend must be one of {', '.join(allowed)}, got {backend!r}")
     if backend == "auto":
         backend = _forced.backend
     if backend == "auto":
-        fast = "cpu" if x.device.type == "cpu" else "triton"
-        return "reference" if fast not in allowed or _obstacle(fast, x, longest, types) else fast
-    if obstacle := _obstacle(backend, x, longest, types):
+        fast = "cpu" if device == "cpu" else "triton"
+        return "reference" if fast not in allowed or _obstacle(fast, device, dtype, longest, types) else fast
+    if obstacle := _obstacle(backend, device, dtype, longest, types):
         raise ValueError(f"backend {backend!r} cannot run here: {obstacle}; use backend='auto'")
     return backend
 
 
-def _obstacle(backend: str, x: Tensor, longest: int, types: Collection[torch.dtype]) -> str | None:
-    """Why a backend cannot take x, or None."""
-    if backend == "cpu" and (x.device.type != "cpu" or x.dtype not in types):
+def _obstacle(
+    backend: str, device: str, dtype: torch.dtype, longest: int, types: tuple[torch.dtype, ...]
+) -> str | None:
+    """Why a backend cannot take a tensor of a type on a device, or None."""
+    if backend == "cpu" and (device != "cpu" or dtype not in types):
         names = " and ".join(cpu.NAMES[dtype] for dtype in types)
-        return f"it takes {names} on the CPU, got {x.dtype} on {x.device.type}"
+        return f"it takes {names} on the CPU, got {dtype} on {device}"
     if backend.startswith("triton"):
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if find_spec("triton") is None:
             return "the package triton is not installed"
-        if x.device.type != "cuda" and not interpreted:
-            return f"it takes CUDA tensors, got one on {x.device.type} (TRITON_INTERPRET=1 runs any, very slowly)"
-        if x.dtype not in TRITON_TYPES and not (x.dtype == torch.float64 and interpreted):
-            return f"it takes float32, bfloat16 and float16, got {x.dtype}"
+        if device != "cuda" and not interpreted:
+            return f"it takes CUDA tensors, got one on {device} (TRITON_INTERPRET=1 runs any, very slowly)"
+        if dtype not in TRITON_TYPES and not (dtype == torch.float64 and interpreted):
+            return f"it takes float32, bfloat16 and float16, got {dtype}"
         if longest > WIDEST:
             return f"it selects among at most {WIDEST} entries, got {longest}"
     return None
@@ -484,30 +504,41 @@ def _obstacle(backend: str, x: Tensor, longest: int, types: Collection[torch.dty
 def _linear_backend(backend: Backend, x: Tensor, weight: SparseWeight) -> str:
     """As `_pick`, with the design of Triton's; "auto" weighs the dense product too, and says once what it took."""
     fast = _pick(backend, x, BACKENDS + DESIGNS)
-    candidates = designs(x, weight) if fast.startswith("triton") else [fast]
+    if fast not in ("triton", *DESIGNS) and (backend != "auto" or fast == "reference"):
+        return fast
+    tokens = x.numel() // max(1, x.shape[-1])
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.values.requires_grad)
+    size = (*weight.shape, index(tokens), index(weight.n_nonzero), not reference.is_channel_major(x))
+    return _cheapest(backend, fast, x.dtype, size, training, index(_block_tokens(x)))
+
+
+@torch.compiler.assume_constant_result
+def _cheapest(backend: Backend, fast: str, dtype: torch.dtype, size: tuple, training: bool, block_tokens: int) -> str:
+    """What the cost model says is fastest for a product, among what `backend` allows and what can run."""
+    size = costs.Size(*size)
+    candidates = _designs(dtype, size[:2], block_tokens) if fast.startswith("triton") else [fast]
     if fast in DESIGNS:
         if fast not in candidates:
             raise ValueError(
                 f"backend {fast!r} cannot run here: it takes bfloat16 and blocks of whole slabs of tokens, got "
-                f"{x.dtype} of shape {tuple(x.shape)}; use backend='triton'"
+                f"{dtype} and blocks of {block_tokens} tokens; use backend='triton'"
             )
         return fast
-    if backend == "auto" and fast != "reference":
+    if backend == "auto":
         candidates.append("reference")
     if len(candidates) == 1:
         return candidates[0]
-    training = torch.is_grad_enabled() and (x.requires_grad or weight.values.requires_grad)
     device = "cpu" if fast == "cpu" else "cuda"
-    size = (*weight.shape, x.numel() // max(1, x.shape[-1]), weight.n_nonzero)
-    seconds = {name: costs.predict(name, device, x.dtype, size, training) for name in candidates}
+    seconds = {name: costs.predict(name, device, dtype, size, training) for name in candidates}
     chosen = min(candidates, key=seconds.__getitem__)
-    case = (weight.shape, device, x.dtype, training)
+    case = (size.m, size.k, size.token_major, device, dtype, training)
     if _taken.get(case) != chosen:
         _taken[case] = chosen
         names = {name: "the dense product" if name == costs.DENSE else f"backend {name!r}" for name in seconds}
         predicted = ", ".join(f"{names[name]} {1e3 * s:.3g} ms" for name, s in seconds.items())
         log.info(
-            "sparse_linear takes %s for %r and %d tokens%s: predicted %s (%s)", names[chosen], weight, size[2],
+            "sparse_linear takes %s for a weight of %d x %d with %d nonzeros and %d %s tokens%s: predicted %s (%s)",
+            names[chosen], *size[:2], size.nnz, size.n, "token-major" if size.token_major else "channel-major",
             " with gradients" if training else "", predicted, costs.origin(device),
         )  # fmt: skip
     return chosen

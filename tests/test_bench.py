@@ -12,22 +12,19 @@ from sparsetrain.cli import main
 from sparsetrain.kernels import costs, cpu
 
 CPU = torch.device("cpu")
+PLAN = kernels.Plan((32, 64), (0.05, 0.5), {32: 256, 64: 256}, {32: 2, 64: 2}, ((32, 128),))
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(
-        kernels, "plan", lambda *_: kernels.Plan((32, 64), (0.05, 0.5), {32: 256, 64: 256}, {32: 2, 64: 2})
-    )
+    monkeypatch.setattr(kernels, "plan", lambda *_: PLAN)
 
 
 @pytest.fixture(scope="module")
 def result():
     """One small run, for the tests that read it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            kernels, "plan", lambda *_: kernels.Plan((32, 64), (0.05, 0.5), {32: 256, 64: 256}, {32: 2, 64: 2})
-        )
+        patch.setattr(kernels, "plan", lambda *_: PLAN)
         rows = kernels.measure(CPU, True, lambda _: None)
     return {"environment": machine.describe(CPU), "rows": rows}
 
@@ -39,20 +36,24 @@ def test_every_op_is_timed_beside_its_rivals(result):
             for case in ("ours (cpu)", "ours, token-major"):
                 assert ("sparse_linear", which, dtype, case, 0.05) in found
             assert ("sparse_linear", which, dtype, "dense fp32", 1.0) in found
-        assert ("sparse_linear", which, "float32", "torch.sparse CSR", 0.5) in found
+        assert ("sparse_linear", which, "float32", "torch.sparse CSR", 0.05) in found
+        for case in ("cpu", "reference", "auto"):
+            assert ("choice", which, "float32", case, 0.5) in found
     for case in ("torch.sparse CSR, by hand", "ours, by hand"):
         assert ("sparse_linear", "training", "float32", case, 0.05) in found
     for case in ("ours", "ours, channel-major", "topk + scatter"):
         assert ("abs_topk", None, "bfloat16", case, None) in found
     for case in ("ours", "ours, rows of 4", "ours, columns of 4", "topk + scatter"):
         assert ("project_", None, "float32", case, None) in found
-    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in result["rows"])
+    for row in result["rows"]:
+        assert len(row["seconds"]) == (kernels.CHOICE_ROUNDS if row["op"] == "choice" else 2)
+        assert min(row["seconds"]) > 0
 
 
 def test_the_tables_hold_the_ratios_of_the_rows(result):
     text = report.summary(result)
     assert text.count("**`sparse_linear`") == 4 and "**`abs_topk`**" in text and "**`project_`**" in text
-    assert "Break-even density" in text and "`auto` by the cost model" in text
+    assert "Break-even density" in text and "by the model it had" in text
     rows = [row for row in result["rows"] if row["op"] == "abs_topk" and row["k"] == 64 and row["dtype"] == "float32"]
     ours, rival = (next(r for r in rows if r["case"] == case) for case in ("ours", "topk + scatter"))
     ratios = sorted(slow / fast for slow, fast in zip(rival["seconds"], ours["seconds"], strict=True))
@@ -66,6 +67,22 @@ def test_break_even_is_where_the_lines_cross():
     rows = [row("ours (cpu)", 0.01, 1.0), row("ours (cpu)", 0.04, 4.0), row("dense fp32", 1.0, 2.0)]
     assert report.break_even(rows) == pytest.approx(0.02)
     assert report.break_even([*rows[:2], row("dense fp32", 1.0, 5.0)]) is None
+
+
+def test_choices_say_how_much_longer_auto_took_than_the_fastest():
+    def rows(dtype, **seconds):
+        common = {"op": "choice", "pass": "forward", "dtype": dtype, "m": 8, "k": 8, "n": 4, "density": 0.5}
+        return [common | {"nnz": 32, "token_major": True, "case": c, "seconds": s} for c, s in seconds.items()]
+
+    environment = {"device": "none", "threads": 1, "date": "today"}
+    timed = rows("float32", cpu=[2.0, 2.0], reference=[1.0, 3.0, 1.0], auto=[3.0, 3.0, 3.0]) + rows(
+        "bfloat16", cpu=[1.0], auto=[1.0]
+    )
+    dense_lost, alone = report.choices({"environment": environment, "rows": timed})
+    assert dense_lost["case"] == "d = 8, 4 token-major tokens, 50%, float32, forward"
+    assert (dense_lost["best"], dense_lost["auto"]) == ("reference", 3.0)
+    assert (dense_lost["fitted"], dense_lost["fitted_ratio"]) == ("reference", 1.0)
+    assert (alone["best"], alone["auto"]) == ("cpu", 1.0)
 
 
 def test_the_cost_model_is_fitted_for_every_type_and_pass(result):

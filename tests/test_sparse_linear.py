@@ -335,18 +335,26 @@ def test_the_ops_pass_torchs_own_checks(backend):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, as it traces a Function
-def test_it_compiles_whole_with_its_gradients():
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channel_major])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_it_compiles_whole_with_its_gradients(backend, layout):
+    """The choice of backend, AbsTopK and, from the second size on, symbols in place of sizes, too."""
     weight = SparseWeight.from_dense(masked(5, 6, 0.4).to(DEVICE))
     weight = weight.with_values(weight.values.clone().requires_grad_())
-    x = random((2, 6, 9)).mT.requires_grad_()
-    compiled = torch.compile(
-        lambda x: ops.sparse_linear(x, weight, backend=BACKENDS[0]) * 2, backend="aot_eager", fullgraph=True
-    )
-    found, expected = compiled(x), 2 * ops.sparse_linear(x, weight, backend=BACKENDS[0])
-    assert torch.equal(found, expected)
-    inputs, grad = (x, weight.values), random((2, 9, 5), seed=3)
-    for ours, eager in zip(*(torch.autograd.grad(y, inputs, grad) for y in (found, expected)), strict=True):
-        assert torch.equal(ours, eager)
+
+    def function(x):
+        return ops.abs_topk(ops.sparse_linear(x, weight, backend=backend), 2, backend=backend) * 2
+
+    torch._dynamo.reset()
+    ops.costs.table.cache_clear()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for n in (9, 10, 17):
+        x = layout(random((2, n, 6))).requires_grad_()
+        found, expected = compiled(x), function(x)
+        assert torch.equal(found, expected)
+        inputs, grad = (x, weight.values), random((2, n, 5), seed=3)
+        for ours, eager in zip(*(torch.autograd.grad(y, inputs, grad) for y in (found, expected)), strict=True):
+            assert torch.equal(ours, eager)
 
 
 def test_bad_input_is_told_what_was_expected():

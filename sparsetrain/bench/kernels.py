@@ -23,7 +23,10 @@ from sparsetrain.kernels.sparse_weight import Order, SparseWeight
 log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of ||ours - float64|| / ||float64||
+NAMES = {torch.float32: "dense fp32", torch.bfloat16: "dense bf16"}
 SAMPLE = 64  # lines and nonzeros whose whole sums are taken in float64 before anything is timed
+CSR_DENSEST = 0.05  # torch.sparse is not asked about denser weights, which would take most of the time
+CHOICE_DENSITIES, CHOICE_ROUNDS = (0.01, 0.1, 0.5), 7
 TOO_SLOW = 5  # a rival this many times slower than dense fp32 at one width is not asked again at a larger one
 
 
@@ -40,12 +43,14 @@ class Plan:
         densities: shares of nonzeros.
         tokens: N for each width.
         rounds: times each case is timed, for each width.
+        choices: (d, N) of the products that `backend="auto"` is timed on, beside what it chooses from.
     """
 
     widths: tuple[int, ...]
     densities: tuple[float, ...]
     tokens: dict[int, int]
     rounds: dict[int, int]
+    choices: tuple[tuple[int, int], ...]
 
 
 def plan(device: torch.device, quick: bool) -> Plan:
@@ -53,13 +58,15 @@ def plan(device: torch.device, quick: bool) -> Plan:
     densities = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
     if quick:
         n = 65536 if device.type == "cuda" else 1024
-        return Plan((512,), (0.01, 0.05), {512: n}, {512: 3})
+        return Plan((512,), (0.01, 0.05), {512: n}, {512: 3}, ((512, 128), (512, n)))
     if device.type == "cuda":
         tokens = {512: 65536, 1024: 65536, 2048: 65536, 4096: 65536, 8192: 16384}
-        return Plan(tuple(tokens), densities, tokens, dict.fromkeys(tokens, 11))
+        choices = tuple((d, n) for d in (1024, 4096) for n in (1024, 16384, 65536))
+        return Plan(tuple(tokens), densities, tokens, dict.fromkeys(tokens, 11), choices)
     tokens = {128: 4096, 256: 4096, 512: 4096, 1024: 4096, 2048: 4096, 4096: 1024, 8192: 512}
     rounds = {128: 11, 256: 11, 512: 11, 1024: 15, 2048: 5, 4096: 3, 8192: 3}
-    return Plan(tuple(tokens), (*densities, 0.2), tokens, rounds)
+    choices = tuple((d, n) for d in (256, 1024, 2048) for n in (128, 1024, 4096) if d * n <= 1 << 22)
+    return Plan(tuple(tokens), (*densities, 0.2), tokens, rounds, choices)
 
 
 def measure(device: torch.device, quick: bool, show: Callable[[str], None]) -> list[dict]:
@@ -79,6 +86,9 @@ def measure(device: torch.device, quick: bool, show: Callable[[str], None]) -> l
                 found = list(_sparse_linear(width, training, chosen, dtype, device, rate, skipped))
                 rows += found
                 skipped |= _hopeless(found)
+        for width, n in chosen.choices:
+            show(f"sparse_linear, the choice of backend, {width} x {width}, {n} tokens, {str(dtype)[6:]}")
+            rows += _choices(width, n, dtype, device, NAMES[dtype] not in skipped)
     for dtype in (torch.float32, torch.bfloat16):
         for width in chosen.widths:
             show(f"abs_topk, {chosen.tokens[width]} x {width}, {str(dtype)[6:]}")
@@ -95,19 +105,18 @@ def _sparse_linear(
     """Forward, or forward with both gradients, at every density, beside one dense product."""
     n = chosen.tokens[width]
     generator = torch.Generator(device).manual_seed(width)
-    block = min(n, ops.BLOCK[device.type])
-    x, grad = (  # (B, K, T)
-        torch.randn(n // block, width, block, device=device, generator=generator).to(dtype) for _ in range(2)
-    )
+    x, grad = _activations(width, n, dtype, generator)
     cases: dict[str, Callable[[], object]] = {}
     for density in chosen.densities:
         weight = sparse_matrix(width, density, generator)
         for backend in _backends(x, weight):
             _check_linear(weight, x, grad, backend)
-        cases |= _ours(weight, x, grad, training) | _csr(weight, x, grad, training)
+        cases |= _ours(weight, x, grad, training)
+        if density <= CSR_DENSEST:
+            cases |= _csr(weight, x, grad, training)
         if training:
             cases |= _by_hand(weight, x, grad)
-    for name, kind in (("dense fp32", torch.float32), ("dense bf16", torch.bfloat16)):
+    for kind, name in NAMES.items():
         if name not in skipped:
             cases[name] = _dense(weight, x, grad, kind, training)
     products = 3 if training else 1
@@ -120,16 +129,40 @@ def _sparse_linear(
         yield {
             "op": "sparse_linear", "pass": "training" if training else "forward", "dtype": str(dtype)[6:],
             "m": width, "k": width, "n": n, "nnz": nnz, "density": float(density) if density else 1.0,
-            "case": case, "backend": _backend_of(case, dtype), "seconds": seconds,
+            "case": case, "backend": _backend_of(case), "seconds": seconds,
             "floor": max(copy, products * nnz * n / rate) if density else None,
         }  # fmt: skip
 
 
-def _backend_of(case: str, dtype: torch.dtype) -> str | None:
+def _backend_of(case: str) -> str | None:
     """The backend of `ops` whose cost a case measures, or None for what no backend does."""
-    if case.startswith("ours ("):
-        return case.removeprefix("ours (").removesuffix(")")
-    return costs.DENSE if case == {torch.float32: "dense fp32", torch.bfloat16: "dense bf16"}[dtype] else None
+    return case.removeprefix("ours (").removesuffix(")") if case.startswith("ours (") else None
+
+
+def _activations(width: int, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random x and a gradient of y for square weights, both (B, K, T)."""
+    device, block = generator.device, min(n, ops.BLOCK[generator.device.type])
+    x, grad = (torch.randn(n // block, width, block, device=device, generator=generator).to(dtype) for _ in range(2))
+    return x, grad
+
+
+def _choices(width: int, n: int, dtype: torch.dtype, device: torch.device, dense: bool) -> Iterator[dict]:
+    """Backend "auto" beside each backend it chooses from, in both layouts; the cost model is fitted to these too."""
+    generator = torch.Generator(device).manual_seed(width)
+    x, grad = _activations(width, n, dtype, generator)
+    for density in CHOICE_DENSITIES:
+        weight = sparse_matrix(width, density, generator)
+        backends = [*_backends(x, weight), *([costs.DENSE] if dense else []), "auto"]
+        for token_major in (False, True):
+            y, x_now = (_token_major(t) if token_major else t.mT for t in (grad, x))
+            for training in (False, True):
+                cases = {name: _linear(weight, x_now, y, training, name) for name in backends}
+                for name, seconds in interleaved(cases, CHOICE_ROUNDS, device).items():
+                    yield {
+                        "op": "choice", "pass": "training" if training else "forward", "dtype": str(dtype)[6:],
+                        "m": width, "k": width, "n": n, "nnz": weight.n_nonzero, "density": density,
+                        "token_major": token_major, "case": name, "seconds": seconds,
+                    }  # fmt: skip
 
 
 def _hopeless(rows: list[dict]) -> set[str]:
@@ -149,13 +182,18 @@ def sparse_matrix(width: int, density: float, generator: torch.Generator) -> Spa
 
 def _ours(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool) -> dict[str, Callable[[], object]]:
     density = f"{weight.density:.2g}"
-    tokens, token_grad = (t.mT.reshape(-1, t.shape[1]).contiguous() for t in (x, grad))
+    tokens, token_grad = _token_major(x), _token_major(grad)
     cases = {
         f"ours ({backend}) at {density}": _linear(weight, x.mT, grad.mT, training, backend)
         for backend in _backends(x, weight)
     }
     backend = "cpu" if x.device.type == "cpu" else "triton"
     return cases | {f"ours, token-major at {density}": _linear(weight, tokens, token_grad, training, backend)}
+
+
+def _token_major(x: Tensor) -> Tensor:
+    """(B, K, T) as (B T, K)."""
+    return x.mT.reshape(-1, x.shape[1]).contiguous()
 
 
 def _backends(x: Tensor, weight: SparseWeight) -> list[str]:
@@ -177,7 +215,7 @@ def _linear(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool, backe
 
 def _dense(weight: SparseWeight, x: Tensor, grad: Tensor, dtype: torch.dtype, training: bool) -> Callable[[], object]:
     """A dense layer of the same shape on token-major activations, torch's own layout."""
-    x, grad = (t.mT.reshape(-1, t.shape[1]).to(dtype) for t in (x, grad))
+    x, grad = (_token_major(t).to(dtype) for t in (x, grad))
     dense = weight.to_dense().to(dtype)
     if not training:
         return lambda: F.linear(x, dense)

@@ -34,14 +34,7 @@ def summary(result: dict) -> str:
                 what = "forward and both gradients" if which == "training" else "forward alone"
                 parts.append(f"**`sparse_linear`, {dtype} activations, {what}**\n\n{_linear_table(chosen)}")
                 parts.append(_break_even_line(chosen))
-    if worst := worst_choice(result):
-        regret, row = worst
-        parts.append(
-            f"`auto` by the cost model fitted to these rows: at worst {regret - 1:.0%} slower than the faster of ours "
-            f"and dense ({row['backend']} taken at d = {row['k']}, density {row['density']:.2%}, {row['dtype']}, "
-            f"{row['pass']}). The dense products here have a dense weight at hand; `auto` writes it out first, which "
-            "these times leave out and which few tokens do not repay."
-        )
+    parts.append(_choice_lines(choices(result)))
     for op in ("abs_topk", "project_"):
         chosen = [row for row in rows if row["op"] == op]
         if chosen:
@@ -67,27 +60,30 @@ def break_even(rows: list[dict]) -> float | None:
     return None
 
 
-def worst_choice(result: dict) -> tuple[float, dict] | None:
-    """How much slower than the faster of sparse and dense `auto` would be at worst, choosing by the fitted model.
+def choices(result: dict) -> list[dict]:
+    """How much longer `backend="auto"` took than the fastest of what it chose from, for each product.
 
     Returns:
-        The greatest ratio of the chosen backend's measured time to the least, and the row it chose; None without rows.
+        Rows of `case` (in words), `backends` (median seconds of each), `best`, `auto` (the median ratio over rounds),
+        and of the choice by the model that is fitted to this run: `fitted`, and its ratio, `fitted_ratio`.
     """
-    model, worst = coefficients(result), None
-    for rows in _groups(result["rows"]):
-        by_type = model[rows[0]["dtype"]][rows[0]["pass"]]
-        for density in _densities(rows):
-            here = [row for row in rows if row["backend"] and row["density"] in (density, 1)]
-            size = next((r["m"], r["k"], r["n"], r["nnz"]) for r in here if r["density"] == density)
-            predicted = {
-                name: sum(by_type[name][term] * amount for term, amount in costs.terms(name, *size).items())
-                for name in by_type
-            }
-            chosen = min((row for row in here), key=lambda row: predicted[row["backend"]])
-            regret = median(chosen["seconds"]) / min(median(row["seconds"]) for row in here)
-            if worst is None or regret > worst[0]:
-                worst = regret, chosen | {"density": density}
-    return worst
+    model, found = coefficients(result), []
+    rows = [row for row in result["rows"] if row["op"] == "choice"]
+    for _, group in groupby(rows, key=lambda row: [row[k] for k in ("dtype", "pass", *costs.Size._fields)]):
+        here = list(group)
+        seconds = {row["case"]: row["seconds"] for row in here}
+        auto, row = seconds.pop("auto"), here[0]
+        backends = {name: median(taken) for name, taken in seconds.items()}
+        best = min(backends, key=backends.__getitem__)
+        by_backend = model[row["dtype"]][row["pass"]]
+        fitted = min(backends, key=lambda name: costs.total(by_backend[name], costs.terms(name, _size(row))))
+        layout = "token-major" if row["token_major"] else "channel-major"
+        what = f"d = {row['k']}, {row['n']} {layout} tokens, {row['density']:.0%}, {row['dtype']}, {row['pass']}"
+        found.append({
+            "case": what, "backends": backends, "best": best, "auto": ratio(auto, seconds[best])[0],
+            "fitted": fitted, "fitted_ratio": ratio(seconds[fitted], seconds[best])[0],
+        })  # fmt: skip
+    return found
 
 
 def coefficients(result: dict) -> dict:
@@ -95,14 +91,18 @@ def coefficients(result: dict) -> dict:
     env, rows = result["environment"], result["rows"]
     fitted: dict = {"from": f"fitted to {env['device']}, {env['threads']} threads, {env['date']}"}
     for row in rows:
-        if row["op"] == "sparse_linear" and row["backend"]:
+        backend = row["case"] if row["op"] == "choice" else row.get("backend")
+        if backend and backend != "auto":
             passes = fitted.setdefault(row["dtype"], {}).setdefault(row["pass"], {})
-            size = (row["m"], row["k"], row["n"], row["nnz"])
-            passes.setdefault(row["backend"], []).append((*size, median(row["seconds"])))
+            passes.setdefault(backend, []).append((_size(row), median(row["seconds"])))
     for dtype in ("float32", "bfloat16"):
         for passes in fitted[dtype].values():
             passes |= {backend: costs.fit(backend, measured) for backend, measured in passes.items()}
     return fitted
+
+
+def _size(row: dict) -> costs.Size:
+    return costs.Size(row["m"], row["k"], row["n"], row["nnz"], row.get("token_major", False))
 
 
 def write_section(document: Path, name: str, text: str) -> None:
@@ -143,6 +143,24 @@ def _linear_table(rows: list[dict]) -> str:
                 f"{1e3 * ours['floor']:.3g}", f"{ours['floor'] / median(ours['seconds']):.0%}",
             )  # fmt: skip
             lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _choice_lines(found: list[dict], n_worst: int = 10) -> str:
+    """How `auto` chose, and where it lost most."""
+    auto, fitted = ([row[key] for row in found] for key in ("auto", "fitted_ratio"))
+    lines = [
+        f'**`backend="auto"`** took {median(auto):.2f} times as long as the fastest backend at the median of '
+        f"{len(found)} products and {max(auto):.2f} times at worst, by the model it had. By the one fitted to these "
+        f"rows it would take {median(fitted):.2f} and {max(fitted):.2f} times as long. Where it lost most:",
+        "",
+        "| product | ms of each backend | fastest | auto | by the fitted model |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(found, key=lambda row: -row["auto"])[:n_worst]:
+        each = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in row["backends"].items())
+        fitted_cell = f"{row['fitted']}, {row['fitted_ratio']:.2f}"
+        lines.append(f"| {row['case']} | {each} | {row['best']} | {row['auto']:.2f} | {fitted_cell} |")
     return "\n".join(lines)
 
 
