@@ -56,6 +56,15 @@ def predict(backend: str, device: str, dtype: torch.dtype, size: Size, training:
     return total(coefficients, terms(backend, size))
 
 
+def dense_at_hand(device: str, dtype: torch.dtype, size: Size) -> float:
+    """Seconds of a dense product, without gradients, whose weight need not be written out from its nonzeros."""
+    name = "float32" if dtype == torch.float32 else "bfloat16"
+    coefficients = table()[device][name]["forward"].get(DENSE)
+    if coefficients is None:
+        return math.inf
+    return total(coefficients, {**terms(DENSE, size), "nonzero": 0, "entry": 0})
+
+
 def total(coefficients: dict[str, float], amounts: dict[str, int]) -> float:
     """Seconds, from the seconds of each unit."""
     return sum(coefficients[term] * amount for term, amount in amounts.items())

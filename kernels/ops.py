@@ -341,9 +341,10 @@ def sparse_pays(
     if _forced.backend == "reference":
         return False
     fast = ["cpu"] if device.type == "cpu" else DESIGNS[: 2 if dtype == torch.bfloat16 else 1]
-    size = (*shape, n_tokens, n_nonzero)
-    dense, *sparse = (costs.predict(b, device.type, dtype, size, training=False) for b in (costs.DENSE, *fast))
-    return min(sparse) < dense
+    size = costs.Size(*shape, n_tokens, n_nonzero, token_major=False)
+    return costs.dense_at_hand(device.type, dtype, size) > min(
+        costs.predict(backend, device.type, dtype, size, training=False) for backend in fast
+    )
 
 
 @contextmanager

@@ -168,10 +168,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit) -> Tensor:
         read = visit(prefix + "attn_in", self.norm(x, p, self.topk.attn_in))
-        q, k, v = (
-            visit(prefix + name, keep(part, getattr(self.topk, name)))
-            for name, part in zip("qkv", thirds(self.qkv(read)), strict=True)
-        )
+        shares = self.topk.q, self.topk.k, self.topk.v
+        q, k, v = (visit(prefix + name, part) for name, part in zip("qkv", thirds(self.qkv(read), shares), strict=True))
         z = visit(prefix + "z", attend(q, k, v, self.sink, self.d_head))
         return visit(prefix + "attn_out", keep(self.out(z), self.topk.attn_out))
 
@@ -223,11 +221,16 @@ def n_kept(fraction: float, width: int) -> int:
     return int(fraction * width)
 
 
-def thirds(x: Tensor) -> list[Tensor]:
-    """Three (B, T, D) of x (B, T, 3D), in its layout."""
-    if is_channel_major(x):
-        return [part.contiguous().mT for part in x.mT.chunk(3, dim=-2)]
-    return list(x.chunk(3, dim=-1))
+def thirds(x: Tensor, shares: tuple[float, float, float]) -> list[Tensor]:
+    """The thirds of x (B, T, 3D), each with its share of entries kept, in the layout of x: three (B, T, D)."""
+    parts = x.unflatten(-1, (3, -1)).movedim(-2, 1)  # (B, 3, T, D)
+    at_once = len(set(shares)) == 1
+    parts = keep(parts, shares[0]) if at_once else parts
+    as_blocks = is_channel_major(parts)
+    split = [t.mT for t in parts.mT.unbind(1)] if as_blocks else list(parts.unbind(1))
+    if at_once:
+        return split
+    return [keep(channel_major(t) if as_blocks else t, share) for t, share in zip(split, shares, strict=True)]
 
 
 def site_widths(options: ModelOptions) -> dict[str, int]:

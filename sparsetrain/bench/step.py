@@ -166,7 +166,8 @@ def _as_released() -> Iterator[None]:
 
 def _topk_and_scatter(x: Tensor, k: int) -> Tensor:
     at = x.detach().abs().topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(x).scatter(-1, at, x.gather(-1, at))
+    kept = x.gather(-1, at)
+    return torch.zeros_like(x).scatter(-1, at, kept * (kept != 0))  # as ours: no gradient to what is kept at zero
 
 
 def _project_by_topk(weight: Tensor, k: int, min_per_row: int, min_per_column: int) -> Tensor:
