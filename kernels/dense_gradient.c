@@ -11,12 +11,14 @@
 #include <string.h>
 
 typedef float floats __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(32)));
+typedef int32_t ints __attribute__((vector_size(32), aligned(4), may_alias));
 
 #define LANES 8
-#define ROWS 128   /* of a tile of G */
+#define ROWS 256 /* of a tile of G */
 #define COLUMNS 512
 #define TOKENS 64  /* taken at once */
+#define WORD 32    /* values whose zeros are told apart at once */
+#define BATCH 4
 #define STRIP 64   /* columns whose sums stay in registers */
 #define UNROLL _Pragma("GCC unroll 8")
 #define JOIN_(a, b) a##b
@@ -30,7 +32,7 @@ typedef struct {
 
 typedef struct { /* the entries of y that are not zero: some tokens of each row of a tile */
     int32_t count[ROWS];
-    Entry entry[ROWS][TOKENS];
+    Entry entry[ROWS][TOKENS + BATCH];
 } List;
 
 typedef float Strip[TOKENS][STRIP]; /* of x: its tokens, each with its channels contiguous */
@@ -41,6 +43,30 @@ static inline float get_float32(const float *p) { return *p; }
 static inline float get_bfloat16(const uint16_t *p) {
     union { uint32_t bits; float value; } word = {(uint32_t)*p << 16};
     return word.value;
+}
+
+/* Which of WORD values are not zero: a bit each. */
+static inline uint32_t nonzero(const float *values) {
+    union { ints lane; int64_t quarter[4]; } found = {{0}};
+    ints bit = {1, 2, 4, 8, 16, 32, 64, 128};
+    for (int v = 0; v < WORD / LANES; v++, bit <<= 8) found.lane |= (((const ints *)values)[v] << 1 != 0) & bit;
+    uint64_t both = found.quarter[0] | found.quarter[1] | found.quarter[2] | found.quarter[3];
+    return (uint32_t)both | (uint32_t)(both >> 32);
+}
+
+/* Writes those of WORD values from `start` that are not zero; returns what comes after them. BATCH are written at a
+   time, since the end of a few is hard to predict; what follows them is overwritten. */
+static inline Entry *append(Entry *next, const float *values, int32_t start) {
+    uint64_t left = nonzero(values + start);
+    Entry *end = next + __builtin_popcountll(left);
+    while (next < end) {
+        for (int b = 0; b < BATCH; b++, left &= left - 1) {
+            int32_t t = start + __builtin_ctzll(left | (uint64_t)1 << (WORD - 1));
+            next[b] = (Entry){t, values[t]};
+        }
+        next += BATCH;
+    }
+    return end;
 }
 
 /* Three rounds of interleaving rows that are 4 apart. */
@@ -86,13 +112,11 @@ static void add(const List *list, const Strip *x, Sums *sums, int64_t height, in
 
 static void NAMED(list)(List *list, const ELEMENT *y, int64_t height, int64_t tokens, int64_t n) {
     for (int64_t row = 0; row < height; row++) {
-        int32_t count = 0;
-        for (int64_t t = 0; t < n; t++) { /* without a branch, which would be guessed wrong every other time */
-            union { float value; uint32_t bits; } entry = {NAMED(get)(y + row * tokens + t)};
-            list->entry[row][count] = (Entry){(int32_t)t, entry.value};
-            count += entry.bits << 1 != 0;
-        }
-        list->count[row] = count;
+        float values[TOKENS] = {0};
+        for (int64_t t = 0; t < n; t++) values[t] = NAMED(get)(y + row * tokens + t);
+        Entry *next = list->entry[row];
+        for (int32_t t = 0; t < n; t += WORD) next = append(next, values, t);
+        list->count[row] = (int32_t)(next - list->entry[row]);
     }
 }
 
