@@ -12,7 +12,7 @@ SEEDS = (0, 1, 2)
 BASE = (
     "data.vocab_size=1024", "model.n_layers=2", "model.d_model=256", "model.n_ctx=128", "sparsity.density=0.015625",
     "sparsity.embedding_density=0.0625", "optim.lr=0.06", "train.steps=600", "train.batch_size=16",
-    "train.eval_every=60", "train.checkpoint_every=1000", "train.histogram_every=1000000",
+    "train.eval_every=60", "train.eval_batches=10", "train.checkpoint_every=1000", "train.histogram_every=1000000",
 )  # fmt: skip
 SMALL = ("model.d_model=64", "model.n_ctx=32", "train.steps=12", "train.eval_every=6", "sparsity.density=0.125",
          "train.eval_batches=2")  # fmt: skip
