@@ -111,7 +111,9 @@ def test_cases_are_interleaved_and_slow_ones_have_fewer_rounds(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) * 3.0)  # each call takes three seconds
     taken = timing.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 5, CPU)
-    assert order == list("ab" * 2 + "ab" * 3)
+    assert order[:4] == list("abab")
+    rounds = ["".join(order[i : i + 2]) for i in range(4, 10, 2)]
+    assert set(rounds) == {"ab", "ba"}, "neither always finds what the other left in the caches"
     assert [len(times) for times in taken.values()] == [3, 3]
 
 

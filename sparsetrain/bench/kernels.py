@@ -26,7 +26,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of ||ours - float64||
 NAMES = {torch.float32: "dense fp32", torch.bfloat16: "dense bf16"}
 SAMPLE = 64  # lines and nonzeros whose whole sums are taken in float64 before anything is timed
 CSR_DENSEST = 0.05  # torch.sparse is not asked about denser weights, which would take most of the time
-CHOICE_DENSITIES, CHOICE_ROUNDS = (0.01, 0.1, 0.5), 7
+CHOICE_DENSITIES, CHOICE_ROUNDS = (0.01, 0.1, 0.5), 5
 TOO_SLOW = 5  # a rival this many times slower than dense fp32 at one width is not asked again at a larger one
 
 

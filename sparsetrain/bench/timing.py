@@ -1,5 +1,6 @@
 """Times functions side by side, in one process."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -10,7 +11,9 @@ LONGEST = 10.0  # seconds that all rounds of one case may take: what is slower h
 
 
 def interleaved(cases: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Call every case once a round, in turn, so that a busy machine slows all of them alike.
+    """Call every case once a round, so that a busy machine slows all of them alike.
+
+    Each round has another order (the same in every run): what a case finds in the caches depends on the one before it.
 
     Args:
         cases: functions of no arguments, by name.
@@ -25,9 +28,9 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int, device: tor
     allowed = {name: min(rounds, max(1, int(LONGEST / _seconds(case, device)))) for name, case in cases.items()}
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(rounds):
-        for name, case in cases.items():
+        for name in random.Random(i).sample(list(cases), len(cases)):
             if i < allowed[name]:
-                taken[name].append(_seconds(case, device))
+                taken[name].append(_seconds(cases[name], device))
     return taken
 
 
