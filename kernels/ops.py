@@ -76,7 +76,7 @@ def sparse_linear(
         bias: (M,) or None.
         backend: "cpu" (float32, bfloat16), "triton" (CUDA; float32, bfloat16, float16), "reference" (a dense
             product, any type), or "auto": whichever of the fast one and the dense one the cost model says is
-            faster, which is logged once. "triton rows" and "triton slabs" are its two designs, see `slabs`.
+            faster, which is logged once; with `gradient_to` the fast one, since the caller has chosen already. "triton rows" and "triton slabs" are its two designs, see `slabs`.
         gradient_to: what the gradient of the weight goes to, in place of `weight.values`, which is then taken as
             values that were read from it: the dense weight (M, K), every entry of which gets its gradient, or a
             SparseWeight of the same shape with more nonzeros, whose values do.
@@ -93,7 +93,7 @@ def sparse_linear(
     """
     _check_linear(x, weight, bias, gradient_to)
     x = _autocast(x)
-    chosen = _linear_backend(backend, x, weight) if x.numel() else "reference"
+    chosen = _linear_backend(backend, x, weight, gradient_to is None) if x.numel() else "reference"
     if chosen == "reference":
         if gradient_to is None:
             return reference.sparse_linear(x, weight, bias)
@@ -502,9 +502,10 @@ def _obstacle(
     return None
 
 
-def _linear_backend(backend: Backend, x: Tensor, weight: SparseWeight) -> str:
-    """As `_pick`, with the design of Triton's; "auto" weighs the dense product too, and says once what it took."""
+def _linear_backend(backend: Backend, x: Tensor, weight: SparseWeight, weigh_dense: bool) -> str:
+    """As `_pick`, with the design of Triton's; "auto" can weigh the dense product too, and says once what it took."""
     fast = _pick(backend, x, BACKENDS + DESIGNS)
+    backend = fast if not weigh_dense else backend
     if fast not in ("triton", *DESIGNS) and (backend != "auto" or fast == "reference"):
         return fast
     tokens = x.numel() // max(1, x.shape[-1])

@@ -1,5 +1,6 @@
 """Weight sparsity: which tensors are projected, how many nonzeros each may have at a step, and counts."""
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,9 @@ from sparsetrain.config import SparsityOptions
 from sparsetrain.kernels.ops import project_, sparse_pays
 from sparsetrain.linear import Linear
 from sparsetrain.model import Transformer
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,14 @@ def read_all_(
     Raises:
         ValueError: a weight is not finite.
     """
-    for t in tensors:
-        if t.linear is not None:
-            n, device = t.l0(options, progress), t.parameter.device
-            t.linear.read_(sparse_pays(t.linear.shape, n_tokens, n, device, dtype))
+    linear = [t for t in tensors if t.linear is not None]
+    before = sum(t.linear.active is not None for t in linear)
+    for t in linear:
+        t.linear.read_(sparse_pays(t.linear.shape, n_tokens, t.l0(options, progress), t.parameter.device, dtype))
+    now = sum(t.linear.active is not None for t in linear)
+    if now != before:
+        shares = ", ".join(f"{share:.3f}" for share in sorted({t.l0(options, progress) / t.size for t in linear}))
+        log.info("%d of %d matrices are multiplied by their nonzeros now (densities %s)", now, len(linear), shares)
 
 
 def count(tensors: list[Projected]) -> dict[str, dict[str, float]]:

@@ -10,6 +10,7 @@ from sparsetrain import checkpoint
 from sparsetrain.candidates import n_candidates
 from sparsetrain.config import RunConfig, load_config
 from sparsetrain.data import batch
+from sparsetrain.optim import scale_gradients_
 from sparsetrain.train import _start, read_weights_, train, train_step
 
 CANDIDATES = ["sparsity.gradient=candidates", "sparsity.candidates=2", "sparsity.refill_every=3"]
@@ -118,3 +119,17 @@ def test_candidates_train_with_parts_of_a_batch_and_activations_made_again(tiny,
         loss = step_(plain)
         assert step_(again) == pytest.approx(loss, abs=2e-3)
         assert step_(split) == pytest.approx(loss, abs=5e-2)  # its candidates are chosen on half a batch
+
+
+def test_what_is_not_held_counts_as_zero_in_the_gradients_rms(tiny, tmp_path):
+    run = start(tiny, tmp_path, *CANDIDATES)
+    while run.step < 15:
+        step_(run)
+    generator = torch.Generator().manual_seed(0)
+    for p in run.model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    sizes = {t.name: t.size for t in run.tensors if t.linear is not None}
+    squares = sum(float(p.grad.double().square().sum()) for p in run.model.parameters())
+    entries = sum(sizes.get(name, p.numel()) for name, p in run.model.named_parameters())
+    assert any(p.numel() < sizes.get(name, 0) for name, p in run.model.named_parameters())
+    assert scale_gradients_(run.model, "none").item() == pytest.approx((squares / entries) ** 0.5, rel=1e-5)

@@ -58,7 +58,7 @@ def configs(device: torch.device, quick: bool) -> list[RunConfig]:
             base(4096, 8, 1 / 1024, 64, 3 * FEW, "bfloat16"),
             base(2048, 8, 1 / 256, 64, 3 * FEW, "bfloat16"),
         ]
-    return [base(512, 4, 1 / 64, 16, 200)]
+    return [base(512, 4, 1 / 64, 8, 200)]
 
 
 def arms(config: RunConfig) -> dict[str, RunConfig]:
