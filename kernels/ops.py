@@ -76,7 +76,8 @@ def sparse_linear(
         bias: (M,) or None.
         backend: "cpu" (float32, bfloat16), "triton" (CUDA; float32, bfloat16, float16), "reference" (a dense
             product, any type), or "auto": whichever of the fast one and the dense one the cost model says is
-            faster, which is logged once; with `gradient_to` the fast one, since the caller has chosen already. "triton rows" and "triton slabs" are its two designs, see `slabs`.
+            faster, which is logged once; with `gradient_to` the fast one, since the caller has chosen already.
+            "triton rows" and "triton slabs" are its two designs, see `slabs`.
         gradient_to: what the gradient of the weight goes to, in place of `weight.values`, which is then taken as
             values that were read from it: the dense weight (M, K), every entry of which gets its gradient, or a
             SparseWeight of the same shape with more nonzeros, whose values do.

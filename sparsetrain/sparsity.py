@@ -12,7 +12,6 @@ from sparsetrain.kernels.ops import project_, sparse_pays
 from sparsetrain.linear import Linear
 from sparsetrain.model import Transformer
 
-
 log = logging.getLogger(__name__)
 
 

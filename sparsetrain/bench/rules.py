@@ -11,8 +11,8 @@ from sparsetrain.train import train
 SEEDS = (0, 1, 2)
 BASE = (
     "data.vocab_size=1024", "model.n_layers=2", "model.d_model=256", "model.n_ctx=128", "sparsity.density=0.015625",
-    "sparsity.embedding_density=0.0625", "optim.lr=0.06", "train.steps=400", "train.batch_size=16",
-    "train.eval_every=40", "train.eval_batches=10", "train.checkpoint_every=1000", "train.histogram_every=1000000",
+    "sparsity.embedding_density=0.0625", "optim.lr=0.06", "train.steps=500", "train.batch_size=8",
+    "train.eval_every=50", "train.eval_batches=10", "train.checkpoint_every=1000", "train.histogram_every=1000000",
 )  # fmt: skip
 SMALL = ("model.d_model=64", "model.n_ctx=32", "train.steps=12", "train.eval_every=6", "sparsity.density=0.125",
          "train.eval_batches=2")  # fmt: skip
@@ -25,7 +25,7 @@ def arms() -> dict[str, tuple[str, ...]]:
         f"c = {c}, T = {every}, linear": (
             "sparsity.gradient=candidates", f"sparsity.candidates={c}", f"sparsity.refill_every={every}",
         )
-        for c, every in ((2, 50), (4, 20), (4, 50), (4, 100), (8, 50))
+        for c, every in ((2, 50), (4, 20), (4, 50), (8, 50))
     }  # fmt: skip
     return {
         PAPER: (),
