@@ -132,7 +132,7 @@ def test_slices_of_one_buffer_are_read_in_place_and_the_layout_is_kept(layout, b
 @pytest.mark.skipif(native.library() is None, reason="no C compiler")
 def test_channel_major_activations_are_not_copied(monkeypatch):
     q, k, v, sink, grad = inputs((1, 20, 2, 4))
-    monkeypatch.setattr(ops, "_swapped", None)
+    monkeypatch.setattr(ops, "swapped", None)
     step(ops.attend, *map(channel_major, (q, k, v)), sink, channel_major(grad), 4)
 
 

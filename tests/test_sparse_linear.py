@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsetrain.kernels import cpu, native, ops, reference, slabs
+from sparsetrain.kernels import choice, costs, cpu, native, ops, reference, slabs
 from sparsetrain.kernels.sparse_weight import SparseWeight
 
 CUDA = torch.cuda.is_available()
@@ -346,7 +346,7 @@ def test_it_compiles_whole_with_its_gradients(backend, layout):
         return ops.abs_topk(ops.sparse_linear(x, weight, backend=backend), 2, backend=backend) * 2
 
     torch._dynamo.reset()
-    ops.costs.table.cache_clear()
+    costs.table.cache_clear()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     for n in (9, 10, 17):
         x = layout(random((2, n, 6))).requires_grad_()
@@ -384,7 +384,7 @@ def test_a_backend_that_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="backend 'triton' cannot run here: it takes CUDA tensors, got one on cpu"):
         ops.sparse_linear(torch.zeros(2, 4), weight, backend="triton")
-    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="the package triton is not installed"):
         ops.project_(torch.zeros(2, 4), 2, backend="triton")
 
@@ -401,7 +401,7 @@ def test_auto_takes_the_cheaper_product_and_says_so_once(caplog):
     if CUDA:
         pytest.skip("the CPU's cost model")
     caplog.set_level("INFO")
-    ops._taken.clear()
+    choice._taken.clear()
     x = torch.randn(512, 256)
     for _ in range(2):
         ops.sparse_linear(x, SparseWeight.from_dense(masked(256, 256, 0.01)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsetrain.kernels import cpu, ops, reference
+from sparsetrain.kernels import cpu, fused, ops, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [((2, 1, 8), 3), ((1, 17, 33), 8), ((2, 63, 20), 1), ((3, 500, 48), 12), ((2, 2, 16, 130), 100), ((40,), 10)]
@@ -180,7 +180,7 @@ def test_the_loss_keeps_one_tensor_of_the_logits_size():
         ops.next_token_loss(logits.requires_grad_(), table.requires_grad_(), tokens, targets)
     assert sorted(sizes) == [tokens.numel(), logits.numel()]
     with torch.no_grad():
-        _, gradient = ops._next_token_loss(logits, table, tokens, targets, False)
+        _, gradient = fused.next_token_loss(logits, table, tokens, targets, False)
     assert gradient.numel() == 0, "nothing is written that no gradient needs"
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetrain.bench.timing import copy_seconds, interleaved, multiply_adds_per_second
-from sparsetrain.kernels import costs, cpu, ops, reference
+from sparsetrain.kernels import choice, costs, cpu, layout, ops, reference
 from sparsetrain.kernels.sparse_weight import Order, SparseWeight
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def _backend_of(case: str) -> str | None:
 
 def _activations(width: int, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random x and a gradient of y for square weights, both (B, K, T)."""
-    device, block = generator.device, min(n, ops.BLOCK[generator.device.type])
+    device, block = generator.device, min(n, layout.BLOCK[generator.device.type])
     x, grad = (torch.randn(n // block, width, block, device=device, generator=generator).to(dtype) for _ in range(2))
     return x, grad
 
@@ -197,7 +197,7 @@ def _token_major(x: Tensor) -> Tensor:
 
 
 def _backends(x: Tensor, weight: SparseWeight) -> list[str]:
-    return ["cpu"] if x.device.type == "cpu" else ops.designs(x.mT, weight)
+    return ["cpu"] if x.device.type == "cpu" else choice.designs(x.mT, weight)
 
 
 def _linear(weight: SparseWeight, x: Tensor, grad: Tensor, training: bool, backend: str) -> Callable[[], object]:
@@ -310,7 +310,7 @@ def _abs_topk(width: int, chosen: Plan, dtype: torch.dtype, device: torch.device
     n, k = chosen.tokens[width], width // 4
     generator = torch.Generator(device).manual_seed(width)
     x = torch.randn(n, width, device=device, generator=generator).to(dtype)
-    by_channel = x.view(-1, min(n, ops.BLOCK[device.type]), width).mT.contiguous().mT
+    by_channel = x.view(-1, min(n, layout.BLOCK[device.type]), width).mT.contiguous().mT
     some = x[:: max(1, n // 256)]
     if not all(torch.equal(ops.abs_topk(few, k), reference.abs_topk(few, k)) for few in (some, by_channel[:2])):
         raise BenchError(f"abs_topk of {n} x {width}, k {k}, {dtype} is not its definition; it is not timed")
