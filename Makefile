@@ -19,7 +19,7 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
-# Half an hour on 2 cores. Rewrites docs/benchmarks.md and the cost model of backend="auto".
+# Ten minutes on 2 free cores, by the sum of its cases. Rewrites docs/benchmarks.md and the cost model of backend="auto".
 bench: .venv/installed
 	$(BIN)/sparsetrain bench --publish
 

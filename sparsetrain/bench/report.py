@@ -34,7 +34,8 @@ def summary(result: dict) -> str:
                 what = "forward and both gradients" if which == "training" else "forward alone"
                 parts.append(f"**`sparse_linear`, {dtype} activations, {what}**\n\n{_linear_table(chosen)}")
                 parts.append(_break_even_line(chosen))
-    parts.append(_choice_lines(choices(result)))
+    if found := choices(result):
+        parts.append(_choice_lines(found))
     for op in ("abs_topk", "project_"):
         chosen = [row for row in rows if row["op"] == op]
         if chosen:
