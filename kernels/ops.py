@@ -163,6 +163,9 @@ def norm_abs_topk(x: Tensor, gain: Tensor, eps: float, k: int, backend: Backend 
         return reference.norm_abs_topk(x, gain, eps, k)
     if chosen == "cpu" and x.dtype == gain.dtype == torch.float32:
         return fused.NormAbsTopk.apply(x, gain, eps, k)
+    if reference.is_channel_major(x):  # torch's norm would turn it token-major
+        normed = reference.norm_abs_topk(x if x.dtype == torch.float64 else x.float(), gain, eps, x.shape[-1])
+        return abs_topk(normed.to(x.dtype), k, chosen)
     return abs_topk(F.rms_norm(x, gain.shape, gain, eps), k, chosen)
 
 
@@ -254,7 +257,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int, ba
             raise ValueError(f"d_head must be at most {WIDEST_HEAD} for backend 'cpu', got {d_head}; use 'auto'")
         chosen = "reference"
     if chosen == "reference" or not q.numel() or not cpu.has_library():
-        return reference.attend(q, k, v, sink, d_head)
+        z = reference.attend(q, k, v, sink, d_head)
+        return channel_major(z) if reference.tokens_contiguous(q) else z
     rows = (x.mT if reference.tokens_contiguous(x) else swapped(x) for x in (q, k, v))  # (B, D, T)
     z, _ = fused.attend(*rows, None if sink is None else sink.to(q.dtype).contiguous(), d_head)
     return z.mT if reference.tokens_contiguous(q) else swapped(z)

@@ -260,3 +260,20 @@ def test_wrong_arguments_are_refused_by_name():
             ops.next_token_loss(x, None, tokens, tokens.index_fill(1, torch.tensor(1), bad))
     with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, got 'triton'"):
         ops.next_token_loss(x, None, tokens, tokens, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_type_keeps_its_layout_through_a_layer(dtype):
+    """What runs on a GPU too: a layer whose norm or attention turned token-major would be transposed in every block."""
+    x = random(2, 9, 16).to(dtype)
+    gain = random(16, seed=1).to(dtype)
+    for layout in LAYOUTS:
+        kept = layout(x)
+        for y in (
+            ops.norm_abs_topk(kept, gain, 1e-6, 4), ops.act_abs_topk(kept, 4, "gelu"), ops.abs_topk(kept, 4),
+            ops.attend(kept, kept, kept, None, 4), ops.linear(kept, random(8, 16).to(dtype)),
+        ):  # fmt: skip
+            assert reference.is_channel_major(y) == reference.is_channel_major(kept)
+            assert y.dtype == dtype
+    normed = [ops.norm_abs_topk(layout(x), gain, 1e-6, 16) for layout in LAYOUTS]
+    torch.testing.assert_close(*normed)
