@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 TASK ?= single_double_quote
 GPU_TESTS := tests/test_kernels.py tests/test_tiles.py tests/test_sparse_linear.py tests/test_slabs.py tests/test_triton_topk.py
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench gpu gpu-step lint clean
 
 demo: .venv/installed
 	$(BIN)/sparsetrain train configs/quickstart.yaml
@@ -31,6 +31,11 @@ gpu:
 	PYTHONPATH=. $(PYTHON) -m sparsetrain.bench.designs $(OUT)/designs-cuda.json
 	PYTHONPATH=. $(PYTHON) -m sparsetrain.bench.command --device cuda --out $(OUT)/kernels-cuda.json --publish $(OUT)
 	PYTHONPATH=. $(PYTHON) -m pytest -q -o addopts= -W default $(GPU_TESTS)
+
+# The same for whole training steps; that machine needs omegaconf and datasets too (their wheels can be carried there).
+gpu-step:
+	mkdir -p $(OUT)
+	PYTHONPATH=. $(PYTHON) -m sparsetrain.bench.command step --device cuda --out $(OUT)/step-cuda.json --publish $(OUT)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

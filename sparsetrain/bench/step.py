@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from sparsetrain import memory
 from sparsetrain.bench.timing import copy_seconds, multiply_adds_per_second
 from sparsetrain.config import (
     AbsTopKOptions,
@@ -28,7 +29,6 @@ from sparsetrain.config import (
 )
 from sparsetrain.data import Corpus, batch, prepare
 from sparsetrain.kernels import ops, reference
-from sparsetrain.sparsity import projected
 from sparsetrain.train import Training, build, train_step
 
 OURS, RECIPE, TWIN = "ours, dense gradient", "dense-masked", "ours, another start by 1e-6"
@@ -82,10 +82,13 @@ def _dense_width(config: RunConfig) -> int:
 
 
 def measure(config: RunConfig, device: torch.device, say: Callable[[str], None]) -> list[dict]:
-    """Step every arm in turn, on the same batches, and note seconds and losses.
+    """Step every arm on the same batches, and note seconds and losses.
+
+    On a CPU one step of each in turn, so that a busy machine slows all of them alike; on CUDA one arm after the other,
+    for their weights and moments would not fit together.
 
     Args:
-        config: see `base`. Ours and the recipe take all its steps, the others the first FEW.
+        config: see `base`. Ours and the recipe take all its steps, the dense transformers the first FEW.
         device: where.
         say: told what is being done.
 
@@ -93,33 +96,44 @@ def measure(config: RunConfig, device: torch.device, say: Callable[[str], None])
         A row for each arm: size, arm, seconds (of each step but the first), losses (of each step), tokens (of a step),
         parameters, nonzeros, peak_bytes, floor (seconds; of ours alone) and profile: {what: seconds} of one step.
     """
-    corpus = prepare(config.data)
-    rows, runs = [], {}
-    for name, arm in arms(config).items():
-        runs[name] = build(arm, corpus, device)
-        if name == TWIN:
-            _perturb_(runs[name])
-        n = sum(t.l0(arm.sparsity, 1.0) for t in projected(runs[name].model, arm.sparsity))
-        rows.append({
-            "size": _size(config), "arm": name, "seconds": [], "losses": [],
-            "tokens": arm.train.batch_size * arm.model.n_ctx,
-            "parameters": sum(p.numel() for p in runs[name].model.parameters()), "nonzeros": n,
-        })  # fmt: skip
+    if device.type == "cpu":
+        memory.keep_freed()
+    corpus, names = prepare(config.data), list(arms(config))
+    together = [names] if device.type == "cpu" else [[name] for name in names]
+    return [row for group in together for row in _measure_together(group, config, corpus, device, say)]
+
+
+def _measure_together(
+    names: list[str], config: RunConfig, corpus: Corpus, device: torch.device, say: Callable[[str], None]
+) -> list[dict]:
+    runs = {name: build(arms(config)[name], corpus, device) for name in names}
+    if TWIN in runs:
+        _perturb_(runs[TWIN])
+    rows = [_row(name, run, _size(config)) for name, run in runs.items()]
     for i in range(config.train.steps):
         for row in rows:
-            if i < FEW or row["arm"] in (OURS, RECIPE, TWIN):
+            if i < FEW or not row["arm"].startswith("dense,"):
                 loss, seconds = _step(runs[row["arm"]], corpus)
                 row["losses"].append(loss)
                 row["seconds"] += [seconds] if i else []
-        if i % 20 == 0:
-            took = {row["arm"]: row["seconds"][-1] for row in rows if row["seconds"]}
-            say(f"step {i + 1} of {config.train.steps}: " + ", ".join(f"{k} {1e3 * v:.0f} ms" for k, v in took.items()))
+        if i % 20 == 1:
+            took = ", ".join(f"{row['arm']} {1e3 * row['seconds'][-1]:.0f} ms" for row in rows)
+            say(f"step {i + 1} of {config.train.steps}: {took}")
     for row in rows:
         say(f"profile and peak memory: {row['arm']}")
         row["profile"] = _profile(runs[row["arm"]], corpus)
         row["peak_bytes"] = _peak_bytes(row["arm"], config, device, runs[row["arm"]], corpus)
         row["floor"] = floor(config, device) if row["arm"] == OURS else None
     return rows
+
+
+def _row(name: str, run: Training, size: str) -> dict:
+    c = run.config
+    return {
+        "size": size, "arm": name, "seconds": [], "losses": [], "tokens": c.train.batch_size * c.model.n_ctx,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "nonzeros": sum(t.l0(c.sparsity, 1.0) for t in run.tensors),
+    }  # fmt: skip
 
 
 def _size(config: RunConfig) -> str:
@@ -252,6 +266,7 @@ def _best(case: Callable[[], object], device: torch.device) -> float:
 def _main(arm: str, width: str, layers: str, density: str, batch_size: str, threads: str) -> None:
     """Two steps of one arm in this process; prints the most memory that was resident, in bytes."""
     torch.set_num_threads(int(threads))
+    memory.keep_freed()
     config = arms(base(int(width), int(layers), float(density), int(batch_size), 10))[arm]
     corpus = prepare(config.data)
     run = build(config, corpus, torch.device("cpu"))

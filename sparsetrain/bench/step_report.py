@@ -18,9 +18,9 @@ def summary(result: dict) -> str:
     parts = [
         f"{env['device']}, {env['threads']} threads, torch {env['versions']['torch']}, Triton "
         f"{env['versions']['triton']}, Python {env['python']}, commit {env['commit']}, {env['date']}. Whole training "
-        "steps in one process, one of each arm in turn, on the same batches of the standard library's source; medians, "
-        "and in brackets the least and the greatest. `dense-masked` is the released recipe: the same model and "
-        "numerics with dense products, torch.topk + scatter, torch's own attention and loss, dense Adam, and a "
+        "steps in one process, on a CPU one of each arm in turn, on the same batches of the standard library's source; "
+        "medians, and in brackets the least and the greatest. `dense-masked` is the released recipe: the same model "
+        "and numerics with dense products, torch.topk + scatter, torch's own attention and loss, dense Adam, and a "
         "projection by torch.topk. The dense transformers have our attention and loss."
     ]
     for size, rows in _by_size(result["rows"]):
