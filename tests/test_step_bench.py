@@ -43,7 +43,8 @@ def test_the_table_says_how_many_times_faster_in_the_same_rounds(rows):
     rows = [{**row, "seconds": [1.0, 1.0]} for row in rows]
     rows[0]["seconds"] = [4.0, 6.0]
     environment = {
-        "device": "a", "threads": 2, "versions": {"torch": "1", "triton": "2"}, "python": "3", "commit": "c", "date": "d",
+        "device": "a", "threads": 2, "versions": {"torch": "1", "triton": "2"}, "python": "3", "commit": "c",
+        "date": "d",
     }  # fmt: skip
     text = step_report.summary({"environment": environment, "rows": rows})
     assert "| ours, dense gradient | 1000 (1000-1000) | 32 | 5 (4-6) | 1.00 |" in text
