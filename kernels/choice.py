@@ -2,7 +2,6 @@
 
 import logging
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -25,11 +24,7 @@ TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 log = logging.getLogger(__name__)
 
 
-class _Forced(threading.local):
-    backend: Backend = "auto"
-
-
-_forced = _Forced()
+_forced: list[Backend] = []  # by `using`, the innermost last; for all threads, since autograd has its own
 _taken: dict[tuple, str] = {}
 
 
@@ -37,9 +32,10 @@ def sparse_pays(
     shape: tuple[int, int], n_tokens: int, n_nonzero: int, device: torch.device, dtype: torch.dtype
 ) -> bool:
     """Whether a weight (M, K) is multiplied faster by its nonzeros than as a dense matrix that is at hand."""
-    if _forced.backend == "reference":
+    fast = _pick_for("auto", device.type, dtype, BACKENDS, 0)
+    if fast == "reference" or n_nonzero >= shape[0] * shape[1]:
         return False
-    fast = ["cpu"] if device.type == "cpu" else DESIGNS[: 2 if dtype == torch.bfloat16 else 1]
+    fast = [fast] if fast == "cpu" else DESIGNS[: 2 if dtype == torch.bfloat16 else 1]
     size = costs.Size(*shape, n_tokens, n_nonzero, token_major=False)
     return costs.dense_at_hand(device.type, dtype, size) > min(
         costs.predict(backend, device.type, dtype, size, training=False) for backend in fast
@@ -48,12 +44,12 @@ def sparse_pays(
 
 @contextmanager
 def using(backend: Backend) -> Iterator[None]:
-    """Have `backend` run wherever "auto" is asked for, in this thread, as long as the context lasts."""
-    before, _forced.backend = _forced.backend, backend
+    """Have `backend` run wherever "auto" is asked for, as long as the context lasts."""
+    _forced.append(backend)
     try:
         yield
     finally:
-        _forced.backend = before
+        _forced.pop()
 
 
 def designs(x: Tensor, weight: SparseWeight) -> list[str]:
@@ -94,8 +90,8 @@ def _pick_for(
 ) -> str:
     if backend not in allowed:
         raise ValueError(f"backend must be one of {', '.join(allowed)}, got {backend!r}")
-    if backend == "auto":
-        backend = _forced.backend
+    if backend == "auto" and _forced:
+        backend = _forced[-1]
     if backend == "auto":
         fast = "cpu" if device == "cpu" else "triton"
         return "reference" if fast not in allowed or _obstacle(fast, device, dtype, longest, types) else fast

@@ -242,6 +242,7 @@ def dense_gradient(y: Tensor, x: Tensor) -> Tensor:
         (M, K) float32. Above a share of nonzeros of DENSE_ENOUGH in the first block of y, float32 takes dense products.
     """
     blocks, rows, tokens = y.shape
+    assert x.shape[::2] == (blocks, tokens), "both must be in the same blocks"
     exact = y.dtype == torch.float32
     if library() is None or not y.numel() or (exact and int(y[0].count_nonzero()) > DENSE_ENOUGH * y[0].numel()):
         grad = torch.zeros(rows, x.shape[1])

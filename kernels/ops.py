@@ -3,6 +3,8 @@
 Activations may be token-major, (..., T, K) as torch lays them out, or channel-major: the same shape with the tokens
 contiguous, x.mT.is_contiguous(). Every op returns the layout it was given. Sparse products read channel-major
 activations and convert others, so a model that keeps them channel-major pays for no transposes.
+
+Gradients are first derivatives: what is differentiated twice has lost its dependence on saved tensors.
 """
 
 from typing import Literal
@@ -105,8 +107,8 @@ def dense_gradient(grad: Tensor, x: Tensor) -> Tensor:
     Returns:
         (M, K), fp32. Both are read once where they are channel-major.
     """
-    if reference.is_channel_major(x) and not reference.is_channel_major(grad):
-        grad = grad.mT.contiguous().mT
+    if grad.dim() > 2 and reference.is_channel_major(x) != reference.is_channel_major(grad):
+        x, grad = channel_major(x), channel_major(grad)
     return products.dense_gradient(to_blocks(grad), to_blocks(x.to(grad.dtype)))
 
 

@@ -30,15 +30,18 @@ def n_candidates(t: Projected, options: SparsityOptions, progress: float) -> int
 def start_refill(tensors: list[Projected], options: SparsityOptions, step: int, steps: int, n_sequences: int) -> Refill:
     """Before step `step`: find the matrices whose candidates it shall choose anew, and have them explored.
 
+    Those are all that are held at candidates, every `refill_every` steps, and any that is still held whole and has
+    fewer candidates than entries by now.
+
     Args:
-        n_sequences: of the first part of the batch, whose dense gradient decides.
+        n_sequences: in a part of the batch; a share of the first part decides.
     """
-    if options.gradient == "dense" or step % options.refill_every:
+    if options.gradient == "dense":
         return Refill()
-    progress = step / steps
-    linear = [t for t in tensors if t.linear is not None and n_candidates(t, options, progress) < t.size]
-    refill = Refill(linear)
-    for t in linear:
+    progress, again = step / steps, step % options.refill_every == 0
+    linear = [t for t in tensors if t.linear is not None and (again or t.linear.candidates is None)]
+    refill = Refill([t for t in linear if n_candidates(t, options, progress) < t.size])
+    for t in refill.due:
         if t.linear.candidates is not None:
             t.linear.explore_blocks = max(1, round(options.refill_share * n_sequences))
             t.linear.explore = lambda gradient, t=t: _choose(refill, t, gradient, n_candidates(t, options, progress))
@@ -61,7 +64,8 @@ def finish_refill_(refill: Refill, optimizer: torch.optim.Optimizer, options: Sp
     """
     for t in refill.due:
         linear, state = t.linear, optimizer.state[t.parameter]
-        alive = t.dense().flatten().nonzero().squeeze(-1)
+        held = t.parameter.detach().flatten().nonzero().squeeze(-1)
+        alive = held if linear.candidates is None else linear.indices()[held]
         n = max(n_candidates(t, options, progress), alive.numel())
         if linear.candidates is None:
             by_rank = state["exp_avg"].flatten().abs().topk(n).indices

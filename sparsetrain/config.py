@@ -103,7 +103,9 @@ class SparsityOptions:
     )
     candidates: float = option(4.0, "candidates per nonzero of a matrix", low=1)
     refill_every: int = option(50, "steps between choices of new candidates", "steps", low=1)
-    refill_share: float = option(0.25, "share of a batch whose dense gradient chooses them", "fraction", 0, 1)
+    refill_share: float = option(
+        0.25, "share of a batch (of its first part) whose dense gradient chooses them; at least a sequence", "", 0, 1
+    )
     anneal: Literal["linear", "exponential"] = option("linear", "how density falls from 1 to its target")
     anneal_start: float = option(0.01, "when density starts to fall", "share of steps", 0, 1)
     anneal_stop: float = option(0.5, "when density has reached its target", "share of steps", 0, 1)

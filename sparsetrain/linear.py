@@ -42,7 +42,7 @@ class Linear(nn.Linear):
     def _sparse(self, x: Tensor) -> Tensor:
         y = sparse_linear(x, self.active, self.bias, gradient_to=self.candidates or self.weight)
         if self.explore is not None and y.requires_grad:
-            read, explore = x.detach()[: self.explore_blocks], self.explore
+            read, explore = x.detach()[: self.explore_blocks].clone(), self.explore
             y.register_hook(lambda grad: explore(dense_gradient(grad[: len(read)], read)))
         return y
 
@@ -57,6 +57,8 @@ class Linear(nn.Linear):
         Raises:
             ValueError: the weight is not finite.
         """
+        if not bool(self.weight.isfinite().all()):
+            raise ValueError("weight must be finite, got infinite or NaN entries")
         if self.candidates is not None:
             self.active = self.held().without_zeros()[0]
         else:

@@ -113,10 +113,11 @@ class Transformer(nn.Module):
             x = channel_major(x)
         x = visit("embed", x)
         for l, block in enumerate(self.blocks):
+            prefix = "" if visit is _pass else f"blocks.{l}."  # one for all, lest each block be compiled for its own
             if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, p, f"blocks.{l}.", visit, use_reentrant=False)
+                x = checkpoint(block, x, p, prefix, visit, use_reentrant=False)
             else:
-                x = block(x, p, f"blocks.{l}.", visit)
+                x = block(x, p, prefix, visit)
         return visit("final_resid", x)
 
     def logits(self, resid: Tensor, tokens: Tensor) -> Tensor:
@@ -206,7 +207,8 @@ class Norm(nn.Module):
     def forward(self, x: Tensor, p: Tensor | None, fraction: float) -> Tensor:
         if self.pos is None:
             return norm_abs_topk(x, self.resid.weight, self.resid.eps, n_kept(fraction, self.width))
-        x, p = self.resid(x), self.pos(p).expand(x.shape[0], -1, -1)
+        x = norm_abs_topk(x, self.resid.weight, self.resid.eps, x.shape[-1])
+        p = self.pos(p).expand(x.shape[0], -1, -1)
         x = torch.cat([x.mT, p.mT], dim=-2).mT if is_channel_major(x) else torch.cat([x, p], dim=-1)
         return keep(x, fraction)
 
@@ -230,7 +232,7 @@ def thirds(x: Tensor, shares: tuple[float, float, float]) -> list[Tensor]:
     split = [t.mT for t in parts.mT.unbind(1)] if as_blocks else list(parts.unbind(1))
     if at_once:
         return split
-    return [keep(channel_major(t) if as_blocks else t, share) for t, share in zip(split, shares, strict=True)]
+    return [keep(t.mT.contiguous().mT if as_blocks else t, share) for t, share in zip(split, shares, strict=True)]
 
 
 def site_widths(options: ModelOptions) -> dict[str, int]:

@@ -121,7 +121,7 @@ def train_step(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) 
     lr = learning_rate(c.optim, c.sparsity, progress)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    n_sequences = c.train.batch_size // c.train.accumulate
+    n_sequences = c.train.batch_size // c.train.accumulate  # of a part: candidates are chosen in the first
     refill = start_refill(run.tensors, c.sparsity, run.step, c.train.steps, n_sequences)
     loss = torch.zeros((), device=run.device)
     for part_in, part_out in zip(inputs.chunk(c.train.accumulate), targets.chunk(c.train.accumulate), strict=True):
@@ -133,9 +133,9 @@ def train_step(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) 
     run.optimizer.zero_grad()
     sparsity.project_all_(run.tensors, c.sparsity, progress)
     decay_(run.model, c.optim, lr)
-    finish_refill_(refill, run.optimizer, c.sparsity, progress)
     run.step += 1
     try:
+        finish_refill_(refill, run.optimizer, c.sparsity, progress)
         read_weights_(run)
     except ValueError:
         raise TrainingError(_not_finite(run, "a weight became infinite or NaN", run.step)) from None

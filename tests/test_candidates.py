@@ -11,7 +11,7 @@ from sparsetrain.candidates import n_candidates
 from sparsetrain.config import RunConfig, load_config
 from sparsetrain.data import batch
 from sparsetrain.optim import scale_gradients_
-from sparsetrain.train import _start, read_weights_, train, train_step
+from sparsetrain.train import TrainingError, _start, read_weights_, train, train_step
 
 CANDIDATES = ["sparsity.gradient=candidates", "sparsity.candidates=2", "sparsity.refill_every=3"]
 
@@ -133,3 +133,23 @@ def test_what_is_not_held_counts_as_zero_in_the_gradients_rms(tiny, tmp_path):
     entries = sum(sizes.get(name, p.numel()) for name, p in run.model.named_parameters())
     assert any(p.numel() < sizes.get(name, 0) for name, p in run.model.named_parameters())
     assert scale_gradients_(run.model, "none").item() == pytest.approx((squares / entries) ** 0.5, rel=1e-5)
+
+
+def test_a_matrix_is_held_at_candidates_as_soon_as_it_has_fewer_of_them_than_entries(tiny, tmp_path):
+    run = start(tiny, tmp_path, "sparsity.gradient=candidates", "sparsity.candidates=2", "sparsity.refill_every=1000")
+    while run.step < run.config.train.steps:
+        progress = run.step / run.config.train.steps
+        step_(run)
+        for t in run.tensors:
+            if t.linear is not None:
+                assert (t.linear.candidates is None) == (n_candidates(t, run.config.sparsity, progress) == t.size)
+    assert run.model.unembed.candidates is not None
+
+
+def test_weights_that_diverge_at_a_refill_stop_training_with_its_own_error(tiny, tmp_path):
+    run = start(tiny, tmp_path, *CANDIDATES)
+    while run.step < 15:
+        step_(run)
+    run.model.blocks[0].mlp.up.weight.data.fill_(torch.nan)
+    with pytest.raises(TrainingError, match="a weight became infinite or NaN at step 16"):
+        step_(run)

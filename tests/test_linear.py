@@ -115,3 +115,20 @@ def test_the_gradient_goes_where_it_is_asked_to_on_the_reference_too():
         with ops.using("reference"):
             linear(x).backward(grad)
         torch.testing.assert_close(linear.weight.grad, fast, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout_of_x", [False, True])
+@pytest.mark.parametrize("layout_of_grad", [False, True])
+def test_dense_gradient_takes_every_pair_of_layouts(layout_of_x, layout_of_grad):
+    """A residual stream hands a channel-major gradient to a product whose activations were token-major."""
+    x, grad = random(1, 256, 8), random(1, 256, 6, seed=1, zeros=0.75)
+    expected = grad[0].double().t() @ x[0].double()
+    x, grad = (ops.channel_major(t) if down else t for t, down in ((x, layout_of_x), (grad, layout_of_grad)))
+    torch.testing.assert_close(ops.dense_gradient(grad, x).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_weight_that_is_not_finite_is_refused_in_every_state():
+    for linear in maps():
+        linear.weight.data.view(-1)[linear.weight.flatten().nonzero()[0]] = torch.nan
+        with pytest.raises(ValueError, match="weight must be finite"):
+            linear.read_(sparse=True)

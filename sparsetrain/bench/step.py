@@ -31,14 +31,15 @@ from sparsetrain.data import Corpus, batch, prepare
 from sparsetrain.kernels import ops, reference
 from sparsetrain.train import Training, build, train_step
 
-OURS, RECIPE, TWIN = "ours, dense gradient", "dense-masked", "ours, another start by 1e-6"
+OURS, CANDIDATES, TWIN = "ours, dense gradient", "ours, candidates", "ours, another start by 1e-6"
+RECIPE = "dense-masked"
 FEW = 10  # steps of the arms whose losses nobody compares
 DENSE = AbsTopKOptions(*[1.0] * 8)
 GiB = 2**30
 
 
 def base(width: int, layers: int, density: float, batch_size: int, steps: int, dtype: str = "float32") -> RunConfig:
-    """A run that is at its final density from the first step on, so that every step costs the same."""
+    """A run at its final density from the first step on: only that step, and those that choose candidates, differ."""
     return RunConfig(
         run=RunOptions(dtype=dtype),
         data=DataOptions(vocab_size=2048),
@@ -55,8 +56,8 @@ def configs(device: torch.device, quick: bool) -> list[RunConfig]:
         return [base(128, 2, 1 / 16, 4, FEW)]
     if device.type == "cuda":
         return [
-            base(4096, 8, 1 / 1024, 64, 3 * FEW, "bfloat16"),
-            base(2048, 8, 1 / 256, 64, 3 * FEW, "bfloat16"),
+            base(4096, 8, 1 / 1024, 64, 52, "bfloat16"),  # so that candidates are chosen once after the start
+            base(2048, 8, 1 / 256, 64, 52, "bfloat16"),
         ]
     return [base(512, 4, 1 / 64, 8, 200)]
 
@@ -68,7 +69,7 @@ def arms(config: RunConfig) -> dict[str, RunConfig]:
     return {
         RECIPE: replace(config, run=replace(config.run, kernels="reference")),
         OURS: config,
-        "ours, candidates": replace(config, sparsity=replace(config.sparsity, gradient="candidates")),
+        CANDIDATES: replace(config, sparsity=replace(config.sparsity, gradient="candidates")),
         "dense, equal width": plain,
         "dense, equal nonzeros": replace(plain, model=replace(plain.model, d_model=d, d_head=min(16, d))),
         TWIN: config,
@@ -94,7 +95,8 @@ def measure(config: RunConfig, device: torch.device, say: Callable[[str], None])
 
     Returns:
         A row for each arm: size, arm, seconds (of each step but the first), losses (of each step), tokens (of a step),
-        parameters, nonzeros, peak_bytes, floor (seconds; of ours alone) and profile: {what: seconds} of one step.
+        parameters (held after the last), nonzeros, refill_every (of candidates), peak_bytes, floor (seconds; of ours)
+        and profile: {what: seconds} of one step.
     """
     if device.type == "cpu":
         memory.keep_freed()
@@ -123,7 +125,8 @@ def _measure_together(
         say(f"profile and peak memory: {row['arm']}")
         row["profile"] = _profile(runs[row["arm"]], corpus)
         row["peak_bytes"] = _peak_bytes(row["arm"], config, device, runs[row["arm"]], corpus)
-        row["floor"] = floor(config, device) if row["arm"] == OURS else None
+        row["parameters"] = sum(p.numel() for p in runs[row["arm"]].model.parameters())
+        row["floor"] = floor(config, device, row["parameters"]) if row["arm"] in (OURS, CANDIDATES) else None
     return rows
 
 
@@ -131,7 +134,7 @@ def _row(name: str, run: Training, size: str) -> dict:
     c = run.config
     return {
         "size": size, "arm": name, "seconds": [], "losses": [], "tokens": c.train.batch_size * c.model.n_ctx,
-        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "refill_every": c.sparsity.refill_every if c.sparsity.gradient == "candidates" else None,
         "nonzeros": sum(t.l0(c.sparsity, 1.0) for t in run.tensors),
     }  # fmt: skip
 
@@ -212,7 +215,8 @@ def _profile(run: Training, corpus: Corpus) -> dict[str, float]:
 
 
 def _peak_bytes(arm: str, config: RunConfig, device: torch.device, run: Training, corpus: Corpus) -> int:
-    """The most memory two steps take: on CUDA as torch counts it; on a CPU of a process of their own, code included."""
+    """The most memory: on CUDA of one more step, as torch counts it; on a CPU of a process of its own that takes the
+    first two steps, code included, the first of which is dense for every arm."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         _step(run, corpus)
@@ -225,11 +229,12 @@ def _peak_bytes(arm: str, config: RunConfig, device: torch.device, run: Training
     return int(json.loads(done.stdout.splitlines()[-1]))
 
 
-def floor(config: RunConfig, device: torch.device) -> float:
+def floor(config: RunConfig, device: torch.device, n_held: int) -> float:
     """The least seconds of a step: each op's bytes at the speed of a copy, or its multiply-adds if they take longer.
 
-    Counted are, with their gradients, the sparse products at the nonzeros, AbsTopK, norms and activations, attention,
-    the loss, and Adam on the whole of each matrix, as the dense gradient asks; not the dense gradient's own product.
+    Counted are, with their gradients, the sparse products at the nonzeros, AbsTopK, norms and activations, attention
+    (on a CPU with the kept share of k and v, on CUDA by its bytes alone, for its products run on matrix units), the
+    loss, and Adam on the `n_held` weights; the dense gradient's own product is not. Multiply-adds are those of fp32.
     """
     m, c = config.model, config.train
     n, d, v = c.batch_size * m.n_ctx, m.d_model, config.data.vocab_size
@@ -246,10 +251,10 @@ def floor(config: RunConfig, device: torch.device) -> float:
     )
     channels = (2 + 3 + 1 + m.mlp_ratio + 1) * d  # of the eight places, two of them norms and one an activation
     selections = m.n_layers * seconds(5 * channels * n * size, 0)
-    attention = m.n_layers * seconds(11 * d * n * size, 3.5 * 2 * n * m.n_ctx / 2 * d)
+    share = m.abs_topk.k if device.type == "cpu" else 0
+    attention = m.n_layers * seconds(11 * d * n * size, share * 3.5 * 2 * n * m.n_ctx / 2 * d)
     loss = seconds(4 * v * n * size, 0)
-    weights = sum(rows * columns for rows, columns in maps) + 2 * v * d + v * v
-    return products + selections + attention + loss + seconds(7 * 4 * weights, 0)
+    return products + selections + attention + loss + seconds(7 * 4 * n_held, 0)
 
 
 def _best(case: Callable[[], object], device: torch.device) -> float:
