@@ -87,7 +87,7 @@ def summary(result: dict) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     seeds = sorted({row["seed"] for row in rows})
     return (
-        f"{env['device']}, {env['threads']} threads, torch {env['versions']['torch']}, commit {env['commit']}, "
+        f"{env['device']}, {env['threads']} thread{'s' * (env['threads'] > 1)}, torch {env['versions']['torch']}, commit {env['commit']}, "
         f"{env['date']}. {' '.join(BASE)}; the standard library's source; means over seeds "
         f"{', '.join(map(str, seeds))} and standard deviations; c candidates per nonzero, chosen anew every T steps.\n"
         + "\n".join(["", *lines])

@@ -21,9 +21,9 @@ def summary(result: dict) -> str:
         "steps in one process, on a CPU one of each arm in turn, on the same batches of the standard library's source; "
         "medians, and in brackets the least and the greatest. `dense-masked` is the released recipe: the same model "
         "and numerics with dense products, torch.topk + scatter, torch's own attention and loss, dense Adam, and a "
-        "projection by torch.topk. The dense transformers have our attention, norm and loss. No arm is compiled. A step "
-        "with candidates counts its share of a choice of new ones. On a CPU peak memory is that of a process that takes "
-        "the first two steps, the first of which is dense for every arm."
+        "projection by torch.topk. The dense transformers have our attention, norm and loss. No arm is compiled. A "
+        "step with candidates counts its share of a choice of new ones. On a CPU peak memory is that of a process that "
+        "takes the first two steps, the first of which is dense for every arm."
     ]
     for size, rows in _by_size(result["rows"]):
         parts.append(f"**{size}**\n\n{_table(rows)}\n\n{_losses_line(rows)}\n\n{_floor_line(rows)}")
