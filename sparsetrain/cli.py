@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
     made = add(
-        "bench", bench.command, "Check the kernels against their definitions, then time them beside torch's own."
+        "bench",
+        bench.command,
+        "Check the kernels, then time them beside torch's own; or time whole training steps, or compare training rules.",
     )
     bench.add_arguments(made)
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 
+import torch
+
 from sparsetrain.config import RunConfig, load_config
 from sparsetrain.train import train
 
@@ -36,11 +38,12 @@ def arms() -> dict[str, tuple[str, ...]]:
     }
 
 
-def measure(folder: Path, quick: bool, say: Callable[[str], None]) -> list[dict]:
+def measure(folder: Path, device: torch.device, quick: bool, say: Callable[[str], None]) -> list[dict]:
     """Train every rule with every seed, the rules in turn so that a busy machine slows all alike.
 
     Args:
         folder: where the runs go; those that are there are not trained again.
+        device: where to train; on a CPU with as many threads as torch has now.
         quick: a tiny model and one seed, for a look.
 
     Returns:
@@ -50,8 +53,9 @@ def measure(folder: Path, quick: bool, say: Callable[[str], None]) -> list[dict]
     for seed in SEEDS[: 1 if quick else None]:
         for i, (arm, overrides) in enumerate(arms().items()):
             say(f"seed {seed}, rule {i + 1} of {len(arms())}: {arm}")
-            size = (*BASE, *(SMALL if quick else ()))
-            where = (f"run.out={folder}", f"run.name={seed}-{i}", f"run.seed={seed}")
+            size = (*BASE, *(SMALL if quick else ()), f"run.device={device.type}")
+            size = (*size, f"run.threads={torch.get_num_threads()}")
+            where = (f"run.out={folder / 'quick' if quick else folder}", f"run.name={seed}-{i}", f"run.seed={seed}")
             rows.append(_row(arm, seed, train(load_config(RunConfig, [*size, *overrides, *where]))))
     return rows
 
@@ -87,7 +91,7 @@ def summary(result: dict) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     seeds = sorted({row["seed"] for row in rows})
     return (
-        f"{env['device']}, {env['threads']} thread{'s' * (env['threads'] > 1)}, torch {env['versions']['torch']}, commit {env['commit']}, "
+        f"{env['device']}, {env['threads']} thread(s), torch {env['versions']['torch']}, commit {env['commit']}, "
         f"{env['date']}. {' '.join(BASE)}; the standard library's source; means over seeds "
         f"{', '.join(map(str, seeds))} and standard deviations; c candidates per nonzero, chosen anew every T steps.\n"
         + "\n".join(["", *lines])

@@ -56,7 +56,7 @@ def _measured(what: str, device: torch.device, quick: bool, out: Path) -> tuple[
     if what == "rules":
         from sparsetrain.bench import rules
 
-        return rules.measure(out.with_suffix(""), quick, log.info), rules.summary
+        return rules.measure(out.with_suffix(""), device, quick, log.info), rules.summary
     from sparsetrain.bench import step, step_report
 
     rows = []
