@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     made = add(
         "bench",
         bench.command,
-        "Check the kernels, then time them beside torch's own; or time whole training steps, or compare training rules.",
+        "Check and time the kernels, or whole training steps, or compare training rules.",
     )
     bench.add_arguments(made)
 
