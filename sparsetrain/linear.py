@@ -55,11 +55,11 @@ class Linear(nn.Linear):
         """Set `active` to the nonzeros of the weight as they are now, or to None for dense products.
 
         Raises:
-            ValueError: the weight is not finite.
+            ValueError: nonzeros that products shall take are not finite.
         """
-        if not bool(self.weight.isfinite().all()):
-            raise ValueError("weight must be finite, got infinite or NaN entries")
         if self.candidates is not None:
+            if not bool(self.weight.isfinite().all()):  # as `from_dense` looks for itself
+                raise ValueError("values must be finite, got infinite or NaN candidates")
             self.active = self.held().without_zeros()[0]
         else:
             self.active = SparseWeight.from_dense(self.weight.data) if sparse else None

@@ -130,5 +130,5 @@ def test_dense_gradient_takes_every_pair_of_layouts(layout_of_x, layout_of_grad)
 def test_a_weight_that_is_not_finite_is_refused_in_every_state():
     for linear in maps():
         linear.weight.data.view(-1)[linear.weight.flatten().nonzero()[0]] = torch.nan
-        with pytest.raises(ValueError, match="weight must be finite"):
+        with pytest.raises(ValueError, match="values must be finite"):
             linear.read_(sparse=True)
