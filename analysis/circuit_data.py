@@ -157,7 +157,7 @@ def _most_common(tokens: Tensor) -> int:
 
 def _unembedding(model: Transformer) -> Tensor:
     """Weights (V, D) from the normed final residual to the logits, with the norm's gains."""
-    return (model.unembed.weight * model.norm.weight).detach()
+    return (model.unembed.weight * getattr(model.norm, "weight", 1)).detach()
 
 
 def _facts(circuit: Circuit, config: RunConfig) -> dict[str, str]:

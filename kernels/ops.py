@@ -24,8 +24,7 @@ __all__ = [
     "norm_abs_topk", "project_", "sparse_linear", "sparse_pays", "using",
 ]  # fmt: skip
 
-Activation = Literal["gelu", "relu"]
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
+Activation = Literal["gelu", "gelu_tanh", "relu"]
 WIDEST_HEAD = 128  # channels of a head that attention in C is tested with
 
 
@@ -177,8 +176,9 @@ def act_abs_topk(x: Tensor, k: int, activation: Activation, backend: Backend = "
     Args:
         x: (..., D).
         k: entries kept, 0 <= k <= D; D keeps all.
-        activation: "gelu" (exact, with the error function) or "relu".
-        backend: as in `abs_topk`. On a CPU float32 is fused; other types and devices take torch's activation first.
+        activation: "gelu" (exact, with the error function), "gelu_tanh" (GPT-2's approximation) or "relu".
+        backend: as in `abs_topk`. On a CPU float32 is fused, but for "gelu_tanh"; what is not takes torch's activation
+            first.
 
     Returns:
         (..., D) in the layout of x, differentiable: the gradient passes where the output is not zero, or everywhere
@@ -190,14 +190,14 @@ def act_abs_topk(x: Tensor, k: int, activation: Activation, backend: Backend = "
     Source: Gao et al. 2025, A.1.
     """
     check_k(x, k)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
     chosen = pick(backend, x, longest=x.shape[-1])
     if chosen == "reference":
         return reference.act_abs_topk(x, k, activation)
-    if chosen == "cpu" and x.dtype == torch.float32 and k < x.shape[-1]:
+    if chosen == "cpu" and x.dtype == torch.float32 and k < x.shape[-1] and activation in cpu.BEFORE:
         return fused.ActAbsTopk.apply(x, k, activation)
-    return abs_topk(ACTIVATIONS[activation](x), k, chosen)
+    return abs_topk(reference.ACTIVATIONS[activation](x), k, chosen)
 
 
 def next_token_loss(
@@ -231,8 +231,10 @@ def next_token_loss(
         return fused.next_token_loss(logits, table, tokens, targets, False)[0]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int, backend: Backend = "auto") -> Tensor:
-    """Causal softmax attention, scaled by 1 / sqrt(d_head), with an optional learnt logit in each head's denominator.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int, causal: bool = True, backend: Backend = "auto"
+) -> Tensor:
+    """Softmax attention, scaled by 1 / sqrt(d_head), with an optional learnt logit in each head's denominator.
 
     Args:
         q, k, v: (B, T, D), token-major, channel-major, or slices of channels of either; channel-major is faster. Heads
@@ -240,8 +242,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int, ba
             CPU, and there a NaN or an infinity that only meets such zeros is not seen.
         sink: (H,) logits, or None.
         d_head: channels of a head.
-        backend: "cpu" (float32, d_head up to 128), "reference" (torch's own attention), or "auto": "cpu" where it
-            runs.
+        causal: whether each position sees itself and what comes before it alone, or all positions.
+        backend: "cpu" (float32, causal, d_head up to 128), "reference" (torch's own attention), or "auto": "cpu" where
+            it runs.
 
     Returns:
         (B, T, D) in the layout of q, differentiable in q, k, v and sink, at their zeros too. Where every key loses
@@ -254,12 +257,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int, ba
     """
     check_attend(q, k, v, sink, d_head)
     chosen = pick(backend, q, ("auto", "reference", "cpu"), types=(torch.float32,))
-    if chosen == "cpu" and d_head > WIDEST_HEAD:
+    if chosen == "cpu" and (d_head > WIDEST_HEAD or not causal):
         if backend == "cpu":
-            raise ValueError(f"d_head must be at most {WIDEST_HEAD} for backend 'cpu', got {d_head}; use 'auto'")
+            got = f"got {d_head} and causal={causal}; use 'auto'"
+            raise ValueError(f"d_head must be at most {WIDEST_HEAD} and causal True for backend 'cpu', {got}")
         chosen = "reference"
     if chosen == "reference" or not q.numel() or not cpu.has_library():
-        z = reference.attend(q, k, v, sink, d_head)
+        z = reference.attend(q, k, v, sink, d_head, causal)
         return channel_major(z) if reference.tokens_contiguous(q) else z
     rows = (x.mT if reference.tokens_contiguous(x) else swapped(x) for x in (q, k, v))  # (B, D, T)
     z, _ = fused.attend(*rows, None if sink is None else sink.to(q.dtype).contiguous(), d_head)

@@ -1,12 +1,15 @@
 """Every op in plain torch: the definition that each backend is held to. Slow, exact, any float type."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetrain.kernels.sparse_weight import SparseWeight
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
 
 def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Tensor:
@@ -72,14 +75,14 @@ def act_abs_topk(x: Tensor, k: int, activation: str) -> Tensor:
     Args:
         x: (..., D), any float type.
         k: entries kept, 0 <= k <= D; D keeps all, and passes the gradient to all.
-        activation: "gelu" (exact, with the error function) or "relu".
+        activation: "gelu" (exact, with the error function), "gelu_tanh" (GPT-2's approximation) or "relu".
 
     Returns:
         (..., D). Differentiable, where the output is not zero.
 
     Source: Gao et al. 2025, A.1.
     """
-    y = F.gelu(x) if activation == "gelu" else F.relu(x)
+    y = ACTIVATIONS[activation](x)
     return y if k == x.shape[-1] else abs_topk(y, k)
 
 
@@ -157,13 +160,14 @@ def _keep(x: Tensor, forced: Tensor, k: int) -> Tensor:
     return torch.where(kept, x, 0)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int) -> Tensor:
-    """Causal softmax attention, scaled by 1 / sqrt(d_head), with an optional learnt logit in each head's denominator.
+def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int, causal: bool = True) -> Tensor:
+    """Softmax attention, scaled by 1 / sqrt(d_head), with an optional learnt logit in each head's denominator.
 
     Args:
         q, k, v: (B, T, D), any float type; heads are groups of d_head neighbouring channels.
         sink: (H,) logits, or None.
         d_head: channels of a head.
+        causal: whether each position sees itself and what comes before it alone, or all positions.
 
     Returns:
         (B, T, D), channel-major where q is. Where every key loses to the sink, the output tends to zero.
@@ -184,7 +188,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int) ->
         q = F.pad(F.pad(q, (0, 1), value=1.0), (0, extra - 1, 1, 0))
         k = torch.cat([F.pad(logit, (d_head, extra - 1)), F.pad(k, (0, extra))], dim=2)
         v = F.pad(v, (0, extra, 1, 0))
-    z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    z = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     if sink is not None:
         z = z[:, :, 1:, :d_head]
     if by_channel:

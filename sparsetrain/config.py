@@ -78,7 +78,11 @@ class ModelOptions:
     d_head: int = option(16, "width of a head; d_model / d_head heads", "channels", low=1)
     mlp_ratio: int = option(4, "MLP neurons per residual channel", low=1)
     n_ctx: int = option(256, "tokens in a training sequence", "tokens", low=2)
-    activation: Literal["gelu", "relu"] = option("gelu", "nonlinearity of the MLP")
+    activation: Literal["gelu", "gelu_tanh", "relu"] = option(
+        "gelu", "nonlinearity of the MLP; gelu_tanh: GPT-2's approximation"
+    )
+    norm: Literal["rms", "layer", "none"] = option("rms", "norm before attention, MLP and unembedding; layer: GPT-2's")
+    causal: bool = option(True, "each position sees what comes before it alone; false: for models that are loaded")
     bias: bool = option(True, "biases in the four linear maps of a block")
     bigram: bool = option(True, "dense table of bigram logits, added to the output")
     sink: bool = option(True, "a learnt logit per head in the softmax's denominator")
@@ -86,7 +90,7 @@ class ModelOptions:
         "none", "learned: added to the embedding; concat: read-only channels beside the residual"
     )
     d_pos: int = option(32, "width of concatenated positions", "channels", low=1)
-    norm_eps: float = option(1.1920929e-7, "epsilon of RMSNorm (float32's machine epsilon)", low=0)
+    norm_eps: float = option(1.1920929e-7, "epsilon of the norm (float32's machine epsilon)", low=0)
     abs_topk: AbsTopKOptions = field(default_factory=AbsTopKOptions)
 
 

@@ -45,7 +45,7 @@ class Transformer(nn.Module):
         if options.positions != "none":
             self.positions = nn.Embedding(options.n_ctx, options.d_pos if options.positions == "concat" else d)
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.n_layers))
-        self.norm = nn.RMSNorm(d, eps=options.norm_eps)
+        self.norm = make_norm(options, d)
         self.unembed = Linear(d, vocab_size, bias=False)
         if options.bigram:
             self.bigram = nn.Parameter(torch.zeros(vocab_size, vocab_size))
@@ -58,8 +58,7 @@ class Transformer(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, in nats, of the tokens (B, T) that follow `tokens` (B, T); what training lowers."""
-        resid = norm_abs_topk(self.final_resid(tokens), self.norm.weight, self.norm.eps, self.options.d_model)
-        logits = self.unembed(resid)
+        logits = self.unembed(norm_and_keep(self.norm, self.final_resid(tokens), 1))
         return next_token_loss(logits, self.bigram if self.options.bigram else None, tokens, targets)
 
     def run(
@@ -161,6 +160,7 @@ class Attention(nn.Module):
         super().__init__()
         d = options.d_model
         self.d_head = options.d_head
+        self.causal = options.causal
         self.topk = options.abs_topk
         self.norm = Norm(options)
         self.qkv = Linear(self.norm.width, 3 * d, bias=options.bias)
@@ -171,7 +171,7 @@ class Attention(nn.Module):
         read = visit(prefix + "attn_in", self.norm(x, p, self.topk.attn_in))
         shares = self.topk.q, self.topk.k, self.topk.v
         q, k, v = (visit(prefix + name, part) for name, part in zip("qkv", thirds(self.qkv(read), shares), strict=True))
-        z = visit(prefix + "z", attend(q, k, v, self.sink, self.d_head))
+        z = visit(prefix + "z", attend(q, k, v, self.sink, self.d_head, self.causal))
         return visit(prefix + "attn_out", keep(self.out(z), self.topk.attn_out))
 
 
@@ -195,27 +195,41 @@ class Mlp(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm of the residual stream, with the normed position vector beside it where positions are concatenated, and
+    """The norm of the residual stream, with the normed position vector beside it where positions are concatenated, and
     AbsTopK of both together."""
 
     def __init__(self, options: ModelOptions):
         super().__init__()
-        self.resid = nn.RMSNorm(options.d_model, eps=options.norm_eps)
-        self.pos = nn.RMSNorm(options.d_pos, eps=options.norm_eps) if options.positions == "concat" else None
+        self.resid = make_norm(options, options.d_model)
+        self.pos = make_norm(options, options.d_pos) if options.positions == "concat" else None
         self.width = options.d_model + (options.d_pos if self.pos else 0)
 
     def forward(self, x: Tensor, p: Tensor | None, fraction: float) -> Tensor:
         if self.pos is None:
-            return norm_abs_topk(x, self.resid.weight, self.resid.eps, n_kept(fraction, self.width))
-        x = norm_abs_topk(x, self.resid.weight, self.resid.eps, x.shape[-1])
+            return norm_and_keep(self.resid, x, fraction)
+        x = norm_and_keep(self.resid, x, 1)
         p = self.pos(p).expand(x.shape[0], -1, -1)
         x = torch.cat([x.mT, p.mT], dim=-2).mT if is_channel_major(x) else torch.cat([x, p], dim=-1)
         return keep(x, fraction)
 
 
+def make_norm(options: ModelOptions, width: int) -> nn.Module:
+    """The norm that `model.norm` names, over `width` channels."""
+    if options.norm == "none":
+        return nn.Identity()
+    return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[options.norm](width, eps=options.norm_eps)
+
+
+def norm_and_keep(norm: nn.Module, x: Tensor, fraction: float) -> Tensor:
+    """A norm, then AbsTopK that keeps a fraction of the channels; at once where they are fused."""
+    if isinstance(norm, nn.RMSNorm):
+        return norm_abs_topk(x, norm.weight, norm.eps, n_kept(fraction, x.shape[-1]))
+    return keep(norm(x), fraction)
+
+
 def keep(x: Tensor, fraction: float) -> Tensor:
-    """AbsTopK that keeps a fraction of the entries along the last dimension; 1 keeps x as it is."""
-    return abs_topk(x, n_kept(fraction, x.shape[-1]))
+    """AbsTopK that keeps a fraction of the entries along the last dimension; 1 is x itself, gradients at zeros too."""
+    return x if fraction == 1 else abs_topk(x, n_kept(fraction, x.shape[-1]))
 
 
 def n_kept(fraction: float, width: int) -> int:

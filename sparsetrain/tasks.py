@@ -66,14 +66,26 @@ class TaskData:
 
     name: str
     tokens: Tensor  # (N, T) int64, padded on the right with PAD, which causal attention never looks at
-    last: Tensor  # (N,) index of each prompt's last token
+    last: Tensor  # (N,) index of each prompt's last token; (N, P) where a model is read at several positions
     correct: Tensor  # (N,) token id of the right answer
     wrong: Tensor  # (N,) token id of the wrong one
     positive: Tensor  # (N,) token id of the pair's positive answer
     prompts: tuple[str, ...]
+    corrupted: Tensor | None = None  # (N, T) each prompt's partner, of as many tokens, with another right answer
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def end(self) -> Tensor:
+        """(N,) the last position that is read."""
+        return self.last if self.last.dim() == 1 else self.last.amax(1)
+
+    def trimmed(self) -> "TaskData":
+        """The same prompts without the positions after the last that is read in any of them."""
+        n = int(self.end.max()) + 1
+        corrupted = None if self.corrupted is None else self.corrupted[:, :n]
+        return replace(self, tokens=self.tokens[:, :n], corrupted=corrupted)
 
     def to(self, device: torch.device | str) -> "TaskData":
         """The same prompts with their tensors on `device`."""
@@ -115,7 +127,9 @@ def load_task(name_or_path: str) -> Task:
     return _file_task(path)
 
 
-def encode_task(task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, seed: int, n_ctx: int) -> TaskData:
+def encode_task(
+    task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, seed: int, n_ctx: int, aligned: bool = False
+) -> TaskData:
     """Draw pairs of one split and encode them, leaving out repeats and pairs that do not suit the tokenizer.
 
     Args:
@@ -125,6 +139,7 @@ def encode_task(task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, se
         split: `train` or `heldout`; they share no prompt, whatever the seeds.
         seed: decides which pairs are drawn and in which order; fewer pairs are the first of more.
         n_ctx: the model's context length; a prompt is at most n_ctx - 1 tokens.
+        aligned: refuse pairs whose prompts differ in length, and give each prompt the other one as its corrupted one.
 
     Returns:
         2 * n_pairs prompts.
@@ -137,10 +152,10 @@ def encode_task(task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, se
     if n_pairs < 1:
         raise TaskError(f"n_pairs must be at least 1, got {n_pairs}")
     candidates = task.candidates(split, random.Random(f"{task.name} {split} {seed}"))
-    chosen, refused = _choose(candidates, n_pairs, tokenizer, n_ctx, task.whole_answers)
+    chosen, refused = _choose(candidates, n_pairs, tokenizer, n_ctx, task.whole_answers, aligned)
     _check_number(task, tokenizer, n_pairs, split, len(chosen), refused)
     _report_first_tokens(task, chosen, tokenizer)
-    return _stack(task.name, chosen)
+    return _stack(task.name, chosen, aligned)
 
 
 def nonsense(parts: Sequence[TaskData], tokenizer: Tokenizer, seed: int) -> tuple[TaskData, ...]:
@@ -196,7 +211,7 @@ class _Encoded:
     answers: tuple[int, int]
 
 
-def _encode(pair: Pair, tokenizer: Tokenizer, n_ctx: int, whole_answers: bool) -> _Encoded:
+def _encode(pair: Pair, tokenizer: Tokenizer, n_ctx: int, whole_answers: bool, aligned: bool) -> _Encoded:
     """Encode both prompts with their right answers, or raise _Refused."""
     prompts, answers = [], []
     for prompt, answer in ((pair.positive, pair.positive_answer), (pair.negative, pair.negative_answer)):
@@ -211,6 +226,8 @@ def _encode(pair: Pair, tokenizer: Tokenizer, n_ctx: int, whole_answers: bool) -
             raise _Refused(f"the answer {answer!r} is not one token but {_texts(rest, tokenizer)}")
         prompts.append(ids)
         answers.append(rest[0])
+    if aligned and len(prompts[0]) != len(prompts[1]):
+        raise _Refused(f"its prompts have {len(prompts[0])} and {len(prompts[1])} tokens, where they must be as long")
     if answers[0] == answers[1]:
         both = f"{pair.positive_answer!r} and {pair.negative_answer!r}"
         raise _Refused(f"the answers {both} begin with the same token, {_texts(answers[:1], tokenizer)[0]!r}")
@@ -218,7 +235,7 @@ def _encode(pair: Pair, tokenizer: Tokenizer, n_ctx: int, whole_answers: bool) -
 
 
 def _choose(
-    candidates: Iterator[Pair], n_pairs: int, tokenizer: Tokenizer, n_ctx: int, whole_answers: bool
+    candidates: Iterator[Pair], n_pairs: int, tokenizer: Tokenizer, n_ctx: int, whole_answers: bool, aligned: bool
 ) -> tuple[dict[Pair, _Encoded], list[str]]:
     """The first `n_pairs` different pairs that suit, encoded, and the reasons against the others."""
     chosen: dict[Pair, _Encoded] = {}
@@ -228,7 +245,7 @@ def _choose(
         n_failed += 1
         if pair not in chosen:
             try:
-                chosen[pair] = _encode(pair, tokenizer, n_ctx, whole_answers)
+                chosen[pair] = _encode(pair, tokenizer, n_ctx, whole_answers, aligned)
                 n_failed = 0
             except _Refused as reason:
                 refused.append(str(reason))
@@ -268,7 +285,7 @@ def _report_first_tokens(task: Task, chosen: dict[Pair, _Encoded], tokenizer: To
         log.info("task %s: %r is several tokens here; asking for the first, %r", task.name, answer, text)
 
 
-def _stack(name: str, chosen: dict[Pair, _Encoded]) -> TaskData:
+def _stack(name: str, chosen: dict[Pair, _Encoded], aligned: bool) -> TaskData:
     """Lay encoded pairs out as rows: positive, negative, positive, ..."""
     rows = [ids for encoded in chosen.values() for ids in encoded.prompts]
     answers = torch.tensor([encoded.answers for encoded in chosen.values()])  # (pairs, 2)
@@ -283,6 +300,7 @@ def _stack(name: str, chosen: dict[Pair, _Encoded]) -> TaskData:
         wrong=answers.flip(1).flatten(),
         positive=answers[:, 0].repeat_interleave(2),
         prompts=tuple(prompt for pair in chosen for prompt in (pair.positive, pair.negative)),
+        corrupted=tokens.view(-1, 2, tokens.shape[1]).flip(1).view_as(tokens) if aligned else None,
     )
 
 

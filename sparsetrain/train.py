@@ -78,13 +78,16 @@ def train(config: RunConfig) -> Path:
         The run directory, with `model/` and `summary.json` in it. A run that is done is left as it is.
 
     Raises:
-        ConfigError: the run directory holds a run with another config (every difference is listed).
+        ConfigError: the run directory holds a run with another config (every difference is listed), or the model sees
+            what it shall predict.
         DataError: the corpus or the tokenizer cannot be used.
         CheckpointError: a checkpoint is damaged, or could not be written.
         WriteError: another file of the run could not be written.
         TrainingError: the loss is no longer finite.
         Interrupted: a signal came; a checkpoint was written.
     """
+    if not config.model.causal:
+        raise ConfigError("model.causal must be true to train, got false: each position would see what it predicts")
     with ops.using(config.run.kernels):
         return _train(config)
 

@@ -261,6 +261,20 @@ def test_what_does_not_fit_is_refused_all_at_once():
     with pytest.raises(ValueError, match=r"backend must be one of auto, reference, cpu, got 'triton'"):
         ops.attend(q, k, v, sink, 4, backend="triton")
     wide = torch.zeros(1, 2, 130)
-    with pytest.raises(ValueError, match=r"d_head must be at most 128 for backend 'cpu', got 130; use 'auto'"):
+    with pytest.raises(ValueError, match=r"d_head must be at most 128 and causal True for backend 'cpu', got 130 and"):
         ops.attend(wide, wide, wide, None, 130, backend="cpu")
     assert ops.attend(wide, wide, wide, None, 130).shape == wide.shape
+    with pytest.raises(ValueError, match=r"causal True for backend 'cpu', got 4 and causal=False"):
+        ops.attend(q, k, v, sink, 4, causal=False, backend="cpu")
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_attention_that_sees_all_positions(with_sink):
+    q, k, v, sink, _ = doubled(*inputs((2, 9, 3, 5)))
+    heads = [x.view(2, 9, 3, 5).transpose(1, 2) for x in (q, k, v)]
+    scores = heads[0] @ heads[1].mT / 5**0.5
+    if with_sink:
+        scores = torch.cat([scores, sink[:, None, None].expand(2, 3, 9, 1)], dim=-1)
+    expected = (scores.softmax(-1)[..., :9] @ heads[2]).transpose(1, 2).flatten(2)
+    ours = ops.attend(q, k, v, sink if with_sink else None, 5, causal=False)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)

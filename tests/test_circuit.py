@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.circuit import Circuit, CircuitError, Edge, load_circuit, save_circuit
-from sparsetrain.pruning.evaluate import Ablation, Calibration
+from sparsetrain.pruning.evaluate import Calibration
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ from sparsetrain.analysis.readings import cautions, readings
 from sparsetrain.checkpoint import load_run
 from sparsetrain.config import ModelOptions
 from sparsetrain.files import WriteError
+from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.circuit import Circuit, edges_between, load_circuit, save_circuit
-from sparsetrain.pruning.evaluate import Ablation, Calibration
+from sparsetrain.pruning.evaluate import Calibration
 from sparsetrain.pruning.graph import node_sites, without_dangling
 from sparsetrain.tasks import encode_task, load_task
 

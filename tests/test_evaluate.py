@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import sparsetrain
 from sparsetrain.pruning import evaluate, graph
-from sparsetrain.pruning.evaluate import Ablation, Calibration
+from sparsetrain.pruning.ablation import Ablation, build_ablation, draw_places, site_reader
+from sparsetrain.pruning.evaluate import Calibration
 from sparsetrain.tasks import TaskData, encode_task, load_task
 
 
@@ -36,7 +37,7 @@ def corpus():
 @pytest.mark.parametrize("kind", ["mean_data", "mean_task", "zero", "resample"])
 def test_invariant_keeping_every_node_is_the_full_model(loaded, data, corpus, kind):
     model, _ = loaded
-    ablation = evaluate.build_ablation(model, kind, corpus, data)
+    ablation = build_ablation(site_reader(model, graph.node_sites(model.options)), kind, corpus, data)
     rows = torch.arange(4)
     for nodes in (graph.full(model), {s: m.float() for s, m in graph.full(model).items()}):
         kept = evaluate.all_answer_logits(model, data, nodes, ablation)
@@ -45,7 +46,7 @@ def test_invariant_keeping_every_node_is_the_full_model(loaded, data, corpus, ki
 
 def test_means_are_over_all_tokens_of_the_corpus(loaded, corpus):
     model, _ = loaded
-    ablation = evaluate.build_ablation(model, "mean_data", corpus)
+    ablation = build_ablation(site_reader(model, graph.node_sites(model.options)), "mean_data", corpus)
     _, seen = model.run(torch.cat(corpus), read=["blocks.1.mlp_act", "final_resid"])
     for site, x in seen.items():
         torch.testing.assert_close(ablation.values[site], x.flatten(0, 1).mean(0), rtol=1e-4, atol=1e-6)
@@ -53,7 +54,7 @@ def test_means_are_over_all_tokens_of_the_corpus(loaded, corpus):
 
 def test_task_means_leave_out_padding(loaded, data):
     model, _ = loaded
-    ablation = evaluate.build_ablation(model, "mean_task", [], data)
+    ablation = build_ablation(site_reader(model, graph.node_sites(model.options)), "mean_task", [], data)
     _, seen = model.run(data.tokens, read=["blocks.0.q"])
     real = torch.cat([seen["blocks.0.q"][i, : n + 1] for i, n in enumerate(data.last)])
     torch.testing.assert_close(ablation.values["blocks.0.q"], real.mean(0), rtol=1e-4, atol=1e-6)
@@ -65,23 +66,24 @@ def test_ablated_nodes_take_the_replacement_and_kept_ones_do_not_change(loaded, 
     mask = torch.zeros(32, dtype=torch.bool)
     mask[:5] = True
     values = {s: torch.full((n,), 0.5) for s, n in graph.node_sites(model.options).items()}
-    places = torch.zeros_like(data.tokens)
-    edits = evaluate.mask_edits({site: mask}, Ablation("mean_data", values), places)
+    edits = evaluate.mask_edits({site: mask}, values)
     _, seen = model.run(data.tokens, read=[site], edits=edits)
     _, plain = model.run(data.tokens, read=[site])
     assert (seen[site][..., 5:] == 0.5).all()
     assert torch.equal(seen[site][..., :5], plain[site][..., :5])
-    soft = evaluate.mask_edits({site: mask.float()}, Ablation("mean_data", values), places)
+    soft = evaluate.mask_edits({site: mask.float()}, values)
     torch.testing.assert_close(model.run(data.tokens, edits=soft)[0], model.run(data.tokens, edits=edits)[0])
 
 
 def test_resampled_nodes_come_from_one_place_of_the_corpus(loaded, data, corpus):
     model, _ = loaded
-    ablation = evaluate.build_ablation(model, "resample", corpus, seed=3)
-    places = evaluate.draw_places(ablation, data.tokens, torch.Generator().manual_seed(0))
+    ablation = build_ablation(site_reader(model, graph.node_sites(model.options)), "resample", corpus, seed=3)
+    places = draw_places(ablation, data.tokens, torch.Generator().manual_seed(0))
     sites = ("blocks.1.mlp_in", "blocks.1.mlp_act")
     nothing = {s: torch.zeros(n, dtype=torch.bool) for s, n in graph.node_sites(model.options).items() if s in sites}
-    _, seen = model.run(data.tokens, read=sites, edits=evaluate.mask_edits(nothing, ablation, places))
+    read = site_reader(model, graph.node_sites(model.options))
+    edits = evaluate.mask_edits(nothing, ablation.replacements(read, data, places))
+    _, seen = model.run(data.tokens, read=sites, edits=edits)
     _, whole = model.run(torch.cat(corpus), read=sites)
     row = places[2, 4]
     origin = (whole[sites[0]].flatten(0, 1) - ablation.values[sites[0]][row]).abs().sum(-1).argmin()
@@ -91,7 +93,7 @@ def test_resampled_nodes_come_from_one_place_of_the_corpus(loaded, data, corpus)
 
 def test_an_empty_circuit_says_the_same_whatever_the_prompt(loaded, data, corpus):
     model, _ = loaded
-    ablation = evaluate.build_ablation(model, "mean_data", corpus)
+    ablation = build_ablation(site_reader(model, graph.node_sites(model.options)), "mean_data", corpus)
     nothing = graph.complement(graph.full(model))
     logits = evaluate.all_answer_logits(model, data, nothing, ablation)
     bigram = F.embedding(data.tokens[torch.arange(4), data.last], model.bigram)
@@ -142,7 +144,7 @@ def test_kl_is_zero_for_equal_logits_and_matches_its_definition():
 
 def test_node_effects_are_what_ablating_each_node_alone_does(loaded, data, corpus):
     model, _ = loaded
-    ablation = evaluate.build_ablation(model, "mean_data", corpus)
+    ablation = build_ablation(site_reader(model, graph.node_sites(model.options)), "mean_data", corpus)
     nodes = graph.full(model)
     for site, mask in nodes.items():
         mask[3:] = site in ("embed", "final_resid")

@@ -25,10 +25,11 @@ def tokens(n=12):
     return torch.randint(20, (3, n), generator=torch.Generator().manual_seed(1))
 
 
-def masked_attention(q, k, v, sink):
+def masked_attention(q, k, v, sink, causal=True):
     """Attention written out, for (B, H, T, K)."""
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(~torch.ones(scores.shape[-2:]).tril().bool(), -torch.inf)
+    if causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:]).tril().bool(), -torch.inf)
     if sink is not None:
         scores = torch.cat([scores, sink[None, :, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
         return scores.softmax(-1)[..., :-1] @ v
@@ -43,8 +44,13 @@ def reference_forward(m: Transformer, x: torch.Tensor) -> torch.Tensor:
         kept = t.abs().topk(k, -1).indices
         return torch.zeros_like(t).scatter(-1, kept, t.gather(-1, kept))
 
-    def rms(t, w):
-        return t / (t.square().mean(-1, keepdim=True) + m.options.norm_eps).sqrt() * w
+    def normed(t, norm):
+        if m.options.norm == "none":
+            return t
+        if m.options.norm == "layer":
+            centred = t - t.mean(-1, keepdim=True)
+            return centred / (t.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+        return t / (t.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
 
     f = m.options.abs_topk
     h = m.embed.weight[x]
@@ -54,19 +60,20 @@ def reference_forward(m: Transformer, x: torch.Tensor) -> torch.Tensor:
     elif m.options.positions == "concat":
         p = m.positions.weight[: x.shape[1]].expand(x.shape[0], -1, -1)
     for b in m.blocks:
-        a = rms(h, b.attn.norm.resid.weight)
-        a = a if p is None else torch.cat([a, rms(p, b.attn.norm.pos.weight)], -1)
+        a = normed(h, b.attn.norm.resid)
+        a = a if p is None else torch.cat([a, normed(p, b.attn.norm.pos)], -1)
         qkv = topk(a, f.attn_in) @ b.attn.qkv.weight.t() + b.attn.qkv.bias
         q, k, v = (topk(t, s) for t, s in zip(qkv.chunk(3, -1), (f.q, f.k, f.v), strict=True))
         q, k, v = (t.view(*t.shape[:2], -1, m.options.d_head).transpose(1, 2) for t in (q, k, v))
-        z = masked_attention(q, k, v, b.attn.sink).transpose(1, 2).flatten(2)
+        z = masked_attention(q, k, v, b.attn.sink, m.options.causal).transpose(1, 2).flatten(2)
         h = h + topk(z @ b.attn.out.weight.t() + b.attn.out.bias, f.attn_out)
-        a = rms(h, b.mlp.norm.resid.weight)
-        a = a if p is None else torch.cat([a, rms(p, b.mlp.norm.pos.weight)], -1)
+        a = normed(h, b.mlp.norm.resid)
+        a = a if p is None else torch.cat([a, normed(p, b.mlp.norm.pos)], -1)
         n = topk(a, f.mlp_in) @ b.mlp.up.weight.t() + b.mlp.up.bias
-        n = topk(F.gelu(n) if m.options.activation == "gelu" else n.relu(), f.mlp_act)
+        activation = {"gelu": F.gelu, "relu": F.relu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+        n = topk(activation[m.options.activation](n), f.mlp_act)
         h = h + topk(n @ b.mlp.out.weight.t() + b.mlp.out.bias, f.mlp_out)
-    logits = rms(h, m.norm.weight) @ m.unembed.weight.t()
+    logits = normed(h, m.norm) @ m.unembed.weight.t()
     return logits + m.bigram[x] if m.options.bigram else logits
 
 
@@ -77,6 +84,8 @@ def reference_forward(m: Transformer, x: torch.Tensor) -> torch.Tensor:
         ("model.sink=false", "model.bigram=false", "model.activation=relu"),
         ("model.positions=learned",),
         ("model.positions=concat", "model.d_pos=4"),
+        ("model.norm=layer", "model.activation=gelu_tanh", "model.positions=concat", "model.d_pos=4"),
+        ("model.norm=none", "model.causal=false"),
         ("model.abs_topk.q=0.5", "model.abs_topk.mlp_act=0.1", "model.abs_topk.attn_out=0.9"),
     ],
 )

@@ -9,8 +9,8 @@ import torch
 from sparsetrain.config import PruneConfig, RunConfig, load_config
 from sparsetrain.model import Transformer
 from sparsetrain.pruning import evaluate, graph, node_masks
+from sparsetrain.pruning.ablation import Ablation, build_ablation, site_reader
 from sparsetrain.pruning.cut import bisect, find
-from sparsetrain.pruning.evaluate import Ablation
 from sparsetrain.pruning.measures import measure
 from sparsetrain.tasks import TaskData
 
@@ -63,7 +63,11 @@ def data() -> TaskData:
 @pytest.fixture(scope="module")
 def ablation(model) -> Ablation:
     g = torch.Generator().manual_seed(2)
-    return evaluate.build_ablation(model, "mean_data", [torch.randint(9, (32, 8), generator=g) for _ in range(4)])
+    return build_ablation(
+        site_reader(model, graph.node_sites(model.options)),
+        "mean_data",
+        [torch.randint(9, (32, 8), generator=g) for _ in range(4)],
+    )
 
 
 def named(nodes) -> set[str]:

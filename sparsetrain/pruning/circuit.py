@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from sparsetrain.checkpoint import whole_folder
 from sparsetrain.model import Transformer
-from sparsetrain.pruning.evaluate import Ablation, Calibration
+from sparsetrain.pruning.ablation import Ablation
+from sparsetrain.pruning.evaluate import Calibration
 from sparsetrain.pruning.graph import NodeSet, kept_weights, wires
 
 FORMAT = "sparsetrain-circuit-1"

@@ -10,8 +10,8 @@ from tqdm import tqdm
 from sparsetrain.config import ConfigError, PruneConfig
 from sparsetrain.model import Transformer
 from sparsetrain.pruning import node_masks
+from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.evaluate import (
-    Ablation,
     Calibration,
     all_answer_logits,
     calibrate,

@@ -73,9 +73,14 @@ def kept_weights(wire: Wire, nodes: NodeSet) -> Tensor:
     return (wire.weight != 0) & nodes[wire.target][:, None] & nodes[wire.source][None, :]
 
 
+def kept_edges(model: Transformer, nodes: NodeSet) -> dict[str, Tensor]:
+    """`kept_weights` of every wire, by its target site."""
+    return {wire.target: kept_weights(wire, nodes) for wire in wires(model)}
+
+
 def n_edges(model: Transformer, nodes: NodeSet) -> int:
     """How many edges lie between the nodes of a set (Gao et al. 2025, footnote 3)."""
-    return sum(int(kept_weights(wire, nodes).sum()) for wire in wires(model))
+    return sum(int(kept.sum()) for kept in kept_edges(model, nodes).values())
 
 
 def without_dangling(model: Transformer, nodes: NodeSet) -> NodeSet:
@@ -89,18 +94,45 @@ def without_dangling(model: Transformer, nodes: NodeSet) -> NodeSet:
     nodes = {site: mask.clone() for site, mask in nodes.items()}
     while True:
         before = n_nodes(nodes)
-        fed, used = _fed(model, nodes), _used(model, nodes)
+        edges = kept_edges(model, nodes)
+        fed, used = _fed(model, nodes, edges), _used(model, nodes, edges)
         for site in nodes:
             nodes[site] &= fed[site] & used[site]
         if n_nodes(nodes) == before:
             return nodes
 
 
-def _fed(model: Transformer, nodes: NodeSet) -> NodeSet:
+def connected_edges(model: Transformer, edges: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The edges that lie on a path from the embedding to the logits within `edges` (by target site; see `wires`)."""
+    edges = {target: kept.clone() for target, kept in edges.items()}
+    nodes = full(model)
+    while True:
+        before = sum(int(kept.sum()) for kept in edges.values())
+        fed, used = _fed(model, nodes, edges), _used(model, nodes, edges)
+        for site in nodes:
+            nodes[site] &= fed[site] & used[site]
+        for wire in wires(model):
+            edges[wire.target] &= kept_weights(wire, nodes)
+        if sum(int(kept.sum()) for kept in edges.values()) == before:
+            return edges
+
+
+def end_nodes(model: Transformer, edges: dict[str, Tensor]) -> NodeSet:
+    """The nodes that edges begin or end at, and of `final_resid` the channels that they or the embedding write."""
+    nodes = {site: torch.zeros_like(mask) for site, mask in full(model).items()}
+    for wire in wires(model):
+        nodes[wire.source] |= edges[wire.target].any(0)
+        nodes[wire.target] |= edges[wire.target].any(1)
+    everything = {site: mask if site != "final_resid" else torch.ones_like(mask) for site, mask in nodes.items()}
+    nodes["final_resid"] = _fed(model, everything, edges)["final_resid"]
+    return nodes
+
+
+def _fed(model: Transformer, nodes: NodeSet, edges: dict[str, Tensor]) -> NodeSet:
     """Which nodes have an input: an edge, or something written to the residual channel they read."""
     fed = {site: torch.zeros_like(mask) for site, mask in nodes.items()}
-    for wire in wires(model):
-        fed[wire.target] |= kept_weights(wire, nodes).any(1)
+    for target, kept in edges.items():
+        fed[target] |= kept.any(1)
     d = model.options.d_model
     written = (model.embed.weight.detach() != 0).any(0)
     if model.options.positions == "learned":
@@ -117,11 +149,11 @@ def _fed(model: Transformer, nodes: NodeSet) -> NodeSet:
     return fed
 
 
-def _used(model: Transformer, nodes: NodeSet) -> NodeSet:
+def _used(model: Transformer, nodes: NodeSet, edges: dict[str, Tensor]) -> NodeSet:
     """Which nodes have an output: an edge, a later read of the residual channel they write, or the logits."""
     used = {site: torch.zeros_like(mask) for site, mask in nodes.items()}
     for wire in wires(model):
-        used[wire.source] |= kept_weights(wire, nodes).any(0)
+        used[wire.source] |= edges[wire.target].any(0)
     d = model.options.d_model
     read = torch.zeros_like(nodes["final_resid"])
     for site in reversed(nodes):

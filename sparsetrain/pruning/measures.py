@@ -14,10 +14,10 @@ from torch import Tensor
 from sparsetrain import checkpoint
 from sparsetrain.config import PruneConfig
 from sparsetrain.model import Transformer
+from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.cut import Cut, find
 from sparsetrain.pruning.evaluate import (
     CHANCE,
-    Ablation,
     Calibration,
     all_answer_logits,
     calibrate,

@@ -6,7 +6,8 @@ from tqdm import tqdm
 
 from sparsetrain.config import PruneConfig
 from sparsetrain.model import Transformer
-from sparsetrain.pruning.evaluate import Ablation, Calibration, answer_logits, draw_places, task_losses
+from sparsetrain.pruning.ablation import Ablation, draw_places
+from sparsetrain.pruning.evaluate import Calibration, answer_logits, task_losses
 from sparsetrain.pruning.graph import NodeSet, node_sites
 from sparsetrain.tasks import TaskData
 

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsetrain import checkpoint
 from sparsetrain.config import PruneConfig, RunConfig
 from sparsetrain.data import evaluation_batches
 from sparsetrain.files import write_json
+from sparsetrain.pruning.ablation import build_ablation, site_reader
 from sparsetrain.pruning.circuit import Circuit, edges_between, save_circuit
 from sparsetrain.pruning.cut import Cut, find
-from sparsetrain.pruning.evaluate import build_ablation, calibrate, node_effects, task_score
-from sparsetrain.pruning.graph import n_nodes
+from sparsetrain.pruning.evaluate import calibrate, node_effects, task_score
+from sparsetrain.pruning.graph import n_nodes, node_sites
 from sparsetrain.pruning.measures import full_model_logits, measure, nonsense_control
 from sparsetrain.tasks import TASKS, encode_task, load_task
 
@@ -65,7 +67,10 @@ def prune(
         for split, n in (("train", config.train_pairs), ("heldout", config.heldout_pairs))
     )
     log.info("task %s: %d prompts to learn on, %d held out", chosen.name, len(train), len(heldout))
-    ablation = build_ablation(model, config.ablation, corpus_tokens(run, run_config, config.reference_tokens), train)
+    read = site_reader(model, node_sites(model.options))
+    ablation = build_ablation(
+        read, config.ablation, corpus_tokens(run, run_config, config.reference_tokens, device), train
+    )
     cut, used = find(model, train, ablation, config, method)
     folder = run / "circuits" / chosen.name / method
     full_logits = full_model_logits(model, heldout)
@@ -92,11 +97,11 @@ def prune(
     return circuit
 
 
-def corpus_tokens(run: Path, config: RunConfig, n_tokens: int) -> list[Tensor]:
+def corpus_tokens(run: Path, config: RunConfig, n_tokens: int, device: torch.device | str = "cpu") -> list[Tensor]:
     """Batches of a run's training tokens that ablation means are taken over, spread over the corpus."""
     n_windows = max(1, n_tokens // config.model.n_ctx)
     tokens = checkpoint.run_corpus(run, config).tokens("train")
-    return [x for x, _ in evaluation_batches(tokens, -(-n_windows // 32), 32, config.model.n_ctx)]
+    return [x.to(device) for x, _ in evaluation_batches(tokens, -(-n_windows // 32), 32, config.model.n_ctx)]
 
 
 def _summarise(run: Path, newest: dict[str, Any]) -> None:

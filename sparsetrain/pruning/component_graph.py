@@ -1,0 +1,186 @@
+"""The component graph of a transformer: what each head and MLP reads of the residual stream, and who wrote it.
+
+Sources are the embedding, the heads and the MLPs; targets are the query, key and value input of each head, the MLPs and
+the logits. An edge runs from every source to every later target. Each target reads its own residual stream, the sum of
+what all earlier sources wrote, each through its gate; the norm comes after that sum (Bhaskar et al. 2024, section 3).
+Biases of attention's output belong to no head and are never ablated.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sparsetrain.kernels.ops import act_abs_topk, attend
+from sparsetrain.model import Attention, Mlp, Transformer, keep, n_kept
+from sparsetrain.pruning.ablation import site_reader
+from sparsetrain.pruning.edges import EdgeSet
+
+
+class ComponentGraph:
+    """See EdgeGraph. Groups of targets are `blocks.{l}.q`, `.k`, `.v` (H targets each), `blocks.{l}.mlp` and `logits`.
+
+    Args:
+        model: any transformer. Where AbsTopK follows attention's output, a head's write is what it adds to the channels
+            that are kept.
+        split_embedding: let tokens and learned positions be sources of their own.
+
+    Raises:
+        ValueError: the embedding shall be split and the model has no learned positions to split off.
+    """
+
+    kind = "component"
+
+    def __init__(self, model: Transformer, split_embedding: bool = False):
+        options = model.options
+        if split_embedding and options.positions != "learned":
+            raise ValueError(
+                f"split_embedding needs model.positions=learned, got {options.positions}; leave the embedding whole"
+            )
+        self.model = model
+        self.split_embedding = split_embedding
+        self.n_heads = options.d_model // options.d_head
+        self.sources = ["tokens", "positions"] if split_embedding else ["input"]
+        self.edges: EdgeSet = {}
+        device = model.unembed.weight.device
+        for l in range(options.n_layers):
+            for name in "qkv":
+                self.edges[f"blocks.{l}.{name}"] = torch.ones(self.n_heads, len(self.sources), dtype=torch.bool)
+            self.sources += [f"a{l}.h{h}" for h in range(self.n_heads)]
+            self.edges[f"blocks.{l}.mlp"] = torch.ones(1, len(self.sources), dtype=torch.bool)
+            self.sources.append(f"m{l}")
+        self.edges["logits"] = torch.ones(1, len(self.sources), dtype=torch.bool)
+        self.edges = {group: there.to(device) for group, there in self.edges.items()}
+
+    def names(self, group: str) -> tuple[list[str], list[str]]:
+        """Targets are named `a0.h1<q>`, `m0`, `logits`; sources `input` (or `tokens`, `positions`), `a0.h1`, `m0`."""
+        sources = self.sources[: self.edges[group].shape[1]]
+        if group == "logits":
+            return ["logits"], sources
+        _, l, kind = group.split(".")
+        return ([f"m{l}"] if kind == "mlp" else [f"a{l}.h{h}<{kind}>" for h in range(self.n_heads)]), sources
+
+    def read(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What each source writes, (n, B, T, D): `embed`, and for each block `blocks.{l}.heads`, `blocks.{l}.mlp`."""
+        wanted = [f"blocks.{l}.{s}" for l in range(len(self.model.blocks)) for s in ("z", "attn_out", "mlp_out")]
+        seen = site_reader(self.model, wanted)(tokens)
+        writes = {"embed": self._embeddings(tokens)}
+        for l, block in enumerate(self.model.blocks):
+            z, out, mlp = (seen[f"blocks.{l}.{s}"] for s in ("z", "attn_out", "mlp_out"))
+            writes[f"blocks.{l}.heads"] = head_writes(block.attn, z, out)
+            writes[f"blocks.{l}.mlp"] = mlp[None]
+        return writes
+
+    def final_resid(
+        self, tokens: Tensor, gates: EdgeSet, replacements: Mapping[str, Tensor], inputs_at: float = 1.0
+    ) -> Tensor:
+        """See EdgeGraph."""
+        written, replaced = self._embeddings(tokens), replacements["embed"]
+        stream = _Stream(written.shape[1:])
+        stream.write(replaced + inputs_at * (written - replaced), replaced)
+        p = self.model.positions.weight[: tokens.shape[1]] if self.model.options.positions == "concat" else None
+        for l, block in enumerate(self.model.blocks):
+            q, k, v = (
+                _read_heads(block.attn, i, stream.read(gates[f"blocks.{l}.{name}"]), p) for i, name in enumerate("qkv")
+            )
+            z = attend(q, k, v, block.attn.sink, block.attn.d_head, block.attn.causal)
+            out = keep(block.attn.out(z), block.attn.topk.attn_out)
+            heads = head_writes(block.attn, z, out)
+            stream.write(heads, replacements[f"blocks.{l}.heads"])
+            stream.add(attention_bias(block.attn, out))
+            mlp = _run_mlp(block.mlp, stream.read(gates[f"blocks.{l}.mlp"])[0], p)
+            stream.write(mlp[None], replacements[f"blocks.{l}.mlp"])
+        return stream.read(gates["logits"])[0]
+
+    def connected(self, edges: EdgeSet) -> EdgeSet:
+        """Drop the edges of heads and MLPs that nothing is read by, or that read nothing, until none is left."""
+        edges = {group: kept.clone() for group, kept in edges.items()}
+        while True:
+            before = sum(int(kept.sum()) for kept in edges.values())
+            alive = self._alive(edges)
+            for group, kept in edges.items():
+                targets, sources = self.names(group)
+                kept &= torch.tensor([t.split("<")[0] in alive for t in targets], device=kept.device)[:, None]
+                kept &= torch.tensor([s in alive for s in sources], device=kept.device)
+            if sum(int(kept.sum()) for kept in edges.values()) == before:
+                return edges
+
+    def _alive(self, edges: EdgeSet) -> set[str]:
+        """The components that read something and are read."""
+        fed, used = {*self.sources[: 1 + self.split_embedding]}, {"logits"}
+        for group, kept in edges.items():
+            targets, sources = self.names(group)
+            fed |= {t.split("<")[0] for t, some in zip(targets, kept.any(1).tolist(), strict=True) if some}
+            used |= {s for s, some in zip(sources, kept.any(0).tolist(), strict=True) if some}
+        return fed & used
+
+    def _embeddings(self, tokens: Tensor) -> Tensor:
+        """What the embedding writes: (1, B, T, D), or (2, B, T, D) of tokens and positions."""
+        x = self.model.embed(tokens)
+        if self.model.options.positions != "learned":
+            return x[None]
+        p = self.model.positions.weight[: tokens.shape[1]]
+        return torch.stack([x, p.expand_as(x)]) if self.split_embedding else (x + p)[None]
+
+
+class _Stream:
+    """The residual stream as the sum of what was written to it, which each target reads through gates of its own."""
+
+    def __init__(self, shape: torch.Size):
+        self.shape = shape  # (B, T, D)
+        self.fixed: Tensor | float = 0.0  # what is read of every source when all its gates are shut
+        self.changes: list[Tensor] = []  # (n, B T D): how far the sources are from their replacements
+
+    def write(self, x: Tensor, replacement: Tensor) -> None:
+        """Add what n sources wrote, (n, B, T, D); the replacement broadcasts over it."""
+        self.fixed = self.fixed + replacement.sum(0)
+        self.changes.append((x - replacement).flatten(1))
+
+    def add(self, x: Tensor) -> None:
+        """Add what belongs to no source."""
+        self.fixed = self.fixed + x
+
+    def read(self, gates: Tensor) -> Tensor:
+        """What targets with these gates (R, n_sources) read: (R, B, T, D)."""
+        out = self.fixed.expand(len(gates), *self.shape).reshape(len(gates), -1)
+        for part, change in zip(gates.split([len(c) for c in self.changes], dim=1), self.changes, strict=True):
+            out = torch.addmm(out, part.to(change.dtype), change)
+        return out.view(len(gates), *self.shape)
+
+
+def head_writes(attn: Attention, z: Tensor, out: Tensor) -> Tensor:
+    """What each head adds to the residual stream: (H, B, T, D).
+
+    Args:
+        attn: the attention.
+        z: (B, T, D) its heads' outputs.
+        out: (B, T, D) what it wrote in all; channels that AbsTopK set to zero are no head's.
+    """
+    weight = attn.out.weight.unflatten(1, (-1, attn.d_head))  # (D, H, K)
+    writes = torch.einsum("bthk,dhk->hbtd", z.unflatten(-1, (-1, attn.d_head)), weight)
+    return writes if attn.topk.attn_out == 1 else torch.where(out != 0, writes, 0)
+
+
+def attention_bias(attn: Attention, out: Tensor) -> Tensor:
+    """The part of what attention wrote (B, T, D) that is no head's."""
+    if attn.out.bias is None:
+        return torch.zeros((), device=out.device)
+    return attn.out.bias if attn.topk.attn_out == 1 else torch.where(out != 0, attn.out.bias, 0)
+
+
+def _read_heads(attn: Attention, which: int, x: Tensor, p: Tensor | None) -> Tensor:
+    """Queries, keys or values (B, T, D) of heads that each read a residual stream of their own, x (H, B, T, D)."""
+    fraction = (attn.topk.q, attn.topk.k, attn.topk.v)[which]
+    normed = attn.norm(x.flatten(0, 1), p, attn.topk.attn_in).unflatten(0, x.shape[:2])
+    weight = attn.qkv.weight.chunk(3)[which].unflatten(0, (-1, attn.d_head))  # (H, K, C)
+    out = torch.einsum("hbtc,hkc->bthk", normed, weight).flatten(2)
+    if attn.qkv.bias is not None:
+        out = out + attn.qkv.bias.chunk(3)[which]
+    return keep(out, fraction)
+
+
+def _run_mlp(mlp: Mlp, x: Tensor, p: Tensor | None) -> Tensor:
+    """What an MLP writes, (B, T, D), when it reads x."""
+    n = mlp.up(mlp.norm(x, p, mlp.topk.mlp_in))
+    neurons = act_abs_topk(n, n_kept(mlp.topk.mlp_act, n.shape[-1]), mlp.activation)
+    return keep(mlp.out(neurons), mlp.topk.mlp_out)

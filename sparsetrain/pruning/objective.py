@@ -1,0 +1,49 @@
+"""What a circuit is to preserve: measures of its outputs on each prompt. Greater is better; gradients flow through."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparsetrain.pruning.evaluate import Calibration, task_losses
+from sparsetrain.tasks import TaskData
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The outputs (N, V), or (N, P, V), of the full model, and with every edge cut."""
+
+    full: Tensor
+    empty: Tensor
+
+
+Metric = Callable[[Tensor, TaskData, Extremes], Tensor]  # outputs -> (N,)
+
+
+def logit_difference(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
+    """Logit of the right answer minus that of the wrong one."""
+    return Calibration()(outputs, data)
+
+
+def task_loss(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
+    """Minus the binary cross-entropy of the two answers, in nats."""
+    return -task_losses(Calibration()(outputs, data))
+
+
+def kl(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
+    """Minus KL(full model || circuit) over the vocabulary, in nats, summed over positions. Flat at the full model."""
+    full, ours = (x.log_softmax(-1) for x in (extremes.full, outputs))
+    return -(full.exp() * (full - ours)).flatten(1).sum(1)
+
+
+def squared_error(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
+    """Minus the squared distance from the full model's outputs. Flat at the full model."""
+    return -(outputs - extremes.full).square().flatten(1).sum(1)
+
+
+def projection(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
+    """The outputs along the change that cutting every edge makes; linear in the outputs."""
+    return (outputs * (extremes.full - extremes.empty)).flatten(1).sum(1)
+
+
+METRICS: dict[str, Metric] = {f.__name__: f for f in (logit_difference, task_loss, kl, squared_error, projection)}
