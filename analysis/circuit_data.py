@@ -197,8 +197,10 @@ def _nodes(names: Sequence[str], circuit: Circuit, text: Text, model: Transforme
     return nodes
 
 
-def _replacement(circuit: Circuit, name: str) -> float:
-    """What stands in for the node when it is ablated; the mean of the bank under resampling."""
+def _replacement(circuit: Circuit, name: str) -> float | None:
+    """What stands in for the node when it is ablated, the mean of several; None where it is not kept."""
+    if site_of(name) not in circuit.ablation.values:
+        return None
     return snippets.significant(circuit.ablation.values[site_of(name)][..., channel_of(name)].mean().item())
 
 

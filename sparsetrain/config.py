@@ -196,16 +196,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class PruneConfig:
-    """One search for the circuit of a task; defaults are the centres of Gao et al. 2025, Table 2, where it has one."""
-
-    target_loss: float = option(0.15, "task loss the circuit must reach", "nats per prompt", low=0)
-    ablation: Literal["mean_data", "mean_task", "zero", "resample"] = option(
-        "mean_data", "what replaces a node outside the circuit; means over the training corpus or the task's prompts"
-    )
-    tie_qk: bool = option(True, "keep a query channel if and only if its key channel is kept")
-    train_pairs: int = option(256, "prompt pairs the masks are learnt on", "pairs", low=2)
-    heldout_pairs: int = option(256, "prompt pairs the measures are taken on", "pairs", low=2)
+class NodeMaskOptions:
     steps: int = option(400, "optimiser steps", "steps", low=1)
     batch_pairs: int = option(32, "prompt pairs in a step", "pairs", low=1)
     lr: float = option(3e-3, "learning rate, falling linearly to 0", low=0)
@@ -215,12 +206,36 @@ class PruneConfig:
     init_std: float = option(0.01, "their standard deviation", low=0)
     beta2: float = option(0.95, "AdamW's second decay", low=0, high=0.999999)
     weight_decay: float = option(1e-3, "AdamW's decay of the mask parameters", low=0)
-    clean: bool = option(True, "drop nodes one by one at the end while the target still holds")
+    search_trials: int = option(0, "trials of an Optuna search over these settings; 0: none", low=0)
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """One search for the circuit of a task; defaults are the centres of Gao et al. 2025, Table 2, where it has one."""
+
+    target_loss: float = option(0.15, "task loss the circuit must reach", "nats per prompt", low=0)
+    size: int | None = option(None, "units (nodes or edges) to keep, in place of as few as reach the target", low=1)
+    graph: Literal["auto", "channel", "component"] = option(
+        "auto", "what edges are: weights between channels, or paths between heads and MLPs; auto: channel for a "
+        "weight-sparse model; node_masks always takes channels",
+    )  # fmt: skip
+    split_embedding: bool = option(False, "component graph: tokens and learned positions are sources of their own")
+    ablation: Literal["mean_data", "mean_task", "mean_position", "zero", "resample", "corrupted"] = option(
+        "mean_data", "what replaces what is outside the circuit: means over the training corpus, over the task's "
+        "prompts, or at each of their positions; zero; activations from elsewhere in the corpus, or of the partner",
+    )  # fmt: skip
+    metric: Literal["task_loss", "logit_difference", "kl", "squared_error", "projection"] = option(
+        "task_loss", "what edges are ranked by; see sparsetrain/pruning/objective.py"
+    )
+    tie_qk: bool = option(True, "nodes: keep a query channel if and only if its key channel is kept")
+    train_pairs: int = option(256, "prompt pairs the circuit is found on", "pairs", low=2)
+    heldout_pairs: int = option(256, "prompt pairs the measures are taken on", "pairs", low=2)
+    clean: bool = option(True, "drop units one by one at the end while the target still holds")
     reference_tokens: int = option(65_536, "corpus tokens that means are taken over", "tokens", low=1)
-    random_sets: int = option(10, "random node sets the circuit is compared with", low=1)
+    random_sets: int = option(10, "random circuits the circuit is compared with", low=1)
     nonsense: bool = option(True, "also search a circuit for the same prompts with nonsense answers")
-    search_trials: int = option(0, "trials of an Optuna search over the mask training's settings; 0: none", low=0)
     seed: int = option(0, "seed of prompts, masks, batches and random sets", low=0)
+    node_masks: NodeMaskOptions = field(default_factory=NodeMaskOptions)
 
 
 def load_config(kind: type[C], arguments: Sequence[str]) -> C:

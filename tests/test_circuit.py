@@ -17,17 +17,21 @@ def circuit() -> Circuit:
     nodes["blocks.0.mlp_in"][2] = nodes["blocks.0.mlp_act"][1] = True
     ablation = Ablation("mean_data", {s: torch.randn(n) for s, n in sites.items()})
     edges = [Edge("blocks.0.mlp_in:2", "blocks.0.mlp_act:1", "blocks.0.mlp.up.weight", 0.5)]
-    return Circuit("made", "node_masks", nodes, edges, ablation, Calibration(2.0, -1.0),
-                   {"blocks.0.mlp_in:2": 0.25}, {"kl": 1.5}, {"run": "x"})  # fmt: skip
+    return Circuit(
+        "made", "node_masks", "channel", nodes, edges, ablation, Calibration(2.0, -1.0),
+        ranking={site: torch.randn(n) for site, n in sites.items()}, measures={"kl": 1.5}, settings={"run": "x"},
+        effects={"blocks.0.mlp_in:2": 0.25, "blocks.0.mlp_in:2->blocks.0.mlp_act:1": -0.5},
+    )  # fmt: skip
 
 
 def test_a_circuit_reads_back_as_it_was(circuit, tmp_path):
     save_circuit(tmp_path / "c", circuit)
     read = load_circuit(tmp_path / "c")
     assert read.node_names() == ["blocks.0.mlp_in:2", "blocks.0.mlp_act:1"]
-    for name in ("task", "method", "edges", "calibration", "effects", "measures", "settings"):
+    for name in ("task", "method", "graph", "edges", "calibration", "effects", "measures", "settings"):
         assert getattr(read, name) == getattr(circuit, name), name
     assert all(torch.equal(read.ablation.values[s], v) for s, v in circuit.ablation.values.items())
+    assert all(torch.equal(read.ranking[s], v) for s, v in circuit.ranking.items())
 
 
 def test_damaged_and_foreign_files_are_refused(circuit, tmp_path):
@@ -36,7 +40,7 @@ def test_damaged_and_foreign_files_are_refused(circuit, tmp_path):
     whole = json.loads(file.read_text())
     for content, words in (
         ("{", "must hold circuit.json and masks.safetensors"),
-        (json.dumps({**whole, "format": "other"}), "must have the format sparsetrain-circuit-1"),
+        (json.dumps({**whole, "format": "other"}), "must have the format sparsetrain-circuit-2; prune again"),
         (json.dumps({**whole, "sites": ["blocks.9.q"]}), "holds a damaged circuit"),
         (json.dumps({k: v for k, v in whole.items() if k != "edges"}), "holds a damaged circuit: KeyError 'edges'"),
     ):

@@ -22,9 +22,10 @@ from sparsetrain.checkpoint import load_run
 from sparsetrain.config import ModelOptions
 from sparsetrain.files import WriteError
 from sparsetrain.pruning.ablation import Ablation
-from sparsetrain.pruning.circuit import Circuit, edges_between, load_circuit, save_circuit
+from sparsetrain.pruning.channel_edges import ChannelGraph
+from sparsetrain.pruning.circuit import Circuit, list_edges, load_circuit, save_circuit
 from sparsetrain.pruning.evaluate import Calibration
-from sparsetrain.pruning.graph import node_sites, without_dangling
+from sparsetrain.pruning.graph import kept_edges, node_sites, without_dangling
 from sparsetrain.tasks import encode_task, load_task
 
 SITES = ["embed", *node_sites(ModelOptions(n_layers=2, d_model=32, d_head=8)), "logits"]
@@ -202,7 +203,8 @@ def folder(tiny_run, tmp_path_factory) -> Path:
         drawn[f"blocks.{layer}.k"] = drawn[f"blocks.{layer}.q"]
     nodes = without_dangling(model, drawn)
     ablation = Ablation("mean_data", {s: torch.rand(n, generator=generator) for s, n in sites.items()})
-    circuit = Circuit("closing_tag", "by_hand", nodes, edges_between(model, nodes), ablation, Calibration())
+    edges = list_edges(ChannelGraph(model), kept_edges(model, nodes))
+    circuit = Circuit("closing_tag", "by_hand", "channel", nodes, edges, ablation, Calibration())
     effects = {name: i / 100 for i, name in enumerate(circuit.node_names())}
     settings = {"prune": {"seed": 0}, "run": "shared", "task": str(task)}
     circuit = Circuit(**vars(circuit) | {"effects": effects, "measures": MEASURES, "settings": settings})

@@ -15,7 +15,8 @@ def test_print_config_resolves_files_and_overrides(tmp_path, capsys):
 
 
 def test_overrides_may_stand_after_options(capsys):
-    assert main(["prune", "nowhere", "--print-config", "--task", "for_while", "steps=7", "lr=0.5"]) == 0
+    overrides = ["node_masks.steps=7", "node_masks.lr=0.5"]
+    assert main(["prune", "nowhere", "--print-config", "--task", "for_while", *overrides]) == 0
     out = capsys.readouterr().out
     assert "steps: 7" in out
     assert "lr: 0.5" in out
@@ -39,7 +40,7 @@ def test_help_lists_every_key(capsys):
         (["train", "nowhere.yaml"], "cannot read the config nowhere.yaml"),
         (["tasks", "nowhere"], "must be a run directory with a model or a checkpoint"),
         (["prune", "nowhere", "--task", "for_while"], "must be a run directory with a model or a checkpoint"),
-        (["prune", "nowhere", "--task", "for_while", "step=3"], "did you mean steps?"),
+        (["prune", "nowhere", "--task", "for_while", "node_masks.step=3"], "did you mean node_masks.steps?"),
         (["page", "nowhere", "--task", "for_while"], "nowhere"),
     ],
 )

@@ -10,11 +10,16 @@ from sparsetrain.config import PruneConfig, RunConfig, load_config
 from sparsetrain.model import Transformer
 from sparsetrain.pruning import evaluate, graph, node_masks
 from sparsetrain.pruning.ablation import Ablation, build_ablation, site_reader
-from sparsetrain.pruning.cut import bisect, find
+from sparsetrain.pruning.cut import Problem, bisect, find
 from sparsetrain.pruning.measures import measure
+from sparsetrain.pruning.prune import METHODS
+from sparsetrain.pruning.space import NodeSpace
 from sparsetrain.tasks import TaskData
 
 OFF = [f"model.abs_topk.{s}=1" for s in ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")]
+RANK = METHODS["node_masks"]
+QUICK = ["node_masks.steps=30", "node_masks.batch_pairs=8"]
+THOROUGH = ["node_masks.steps=150", "node_masks.lr=0.01", "node_masks.count_penalty=1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -70,26 +75,30 @@ def ablation(model) -> Ablation:
     )
 
 
+def problem(model, data, ablation, config) -> Problem:
+    return Problem(NodeSpace(model, config.tie_qk), data, ablation, config)
+
+
 def named(nodes) -> set[str]:
     return {f"{s.removeprefix('blocks.0.')}:{c}" for s, m in nodes.items() for c in m.nonzero().flatten().tolist()}
 
 
 def test_the_known_circuit_is_found(model, data, ablation):
-    config = load_config(PruneConfig, ["steps=150", "batch_pairs=16", "lr=0.01", "count_penalty=1e-3"])
-    cut, _ = find(model, data, ablation, config)
+    config = load_config(PruneConfig, [*THOROUGH, "node_masks.batch_pairs=16"])
+    cut, _, _ = find(problem(model, data, ablation, config), RANK)
     assert cut.reached
     assert cut.loss <= 0.15
-    assert named(cut.nodes) in (
+    assert named(cut.kept) in (
         {"mlp_in:0", "mlp_act:0", "mlp_out:1", "final_resid:1"},
         {"mlp_in:0", "mlp_act:1", "mlp_out:1", "final_resid:1"},
     )
-    assert graph.n_edges(model, cut.nodes) == 2, "the simplest MLP circuit (Gao et al. 2025, footnote 3)"
+    assert graph.n_edges(model, cut.kept) == 2, "the simplest MLP circuit (Gao et al. 2025, footnote 3)"
 
 
 def test_measures_of_the_known_circuit(model, data, ablation):
-    config = load_config(PruneConfig, ["steps=150", "batch_pairs=16", "lr=0.01", "count_penalty=1e-3"])
-    cut, _ = find(model, data, ablation, config)
-    found = measure(model, (data, data), cut, ablation, config)
+    config = load_config(PruneConfig, [*THOROUGH, "node_masks.batch_pairs=16"])
+    cut, _, _ = find(problem(model, data, ablation, config), RANK)
+    found = measure(problem(model, data, ablation, config), data, cut)
     assert (found["n_nodes"], found["n_edges"], found["n_dangling"]) == (4, 2, 0)
     assert found["task_loss"] < 0.15
     assert found["full_model_loss"] < 0.01
@@ -105,42 +114,42 @@ def test_a_task_that_needs_no_node_has_an_empty_circuit(model, data, ablation):
     with_table.bigram = torch.nn.Parameter(torch.zeros(9, 9))
     with torch.no_grad():
         with_table.bigram[1, 3] = with_table.bigram[2, 4] = 8.0
-    cut, _ = find(with_table, data, ablation, load_config(PruneConfig, ["steps=5"]))
+    cut, _, _ = find(problem(with_table, data, ablation, load_config(PruneConfig, ["node_masks.steps=5"])), RANK)
     assert cut.reached
-    assert named(cut.nodes) == set()
+    assert named(cut.kept) == set()
 
 
 def test_a_search_is_deterministic_and_finds_no_larger_circuit(model, data, ablation):
     pytest.importorskip("optuna")
-    config = load_config(PruneConfig, ["steps=30", "batch_pairs=8", "search_trials=3"])
-    (first, used), (second, again) = (find(model, data, ablation, config) for _ in range(2))
-    assert named(first.nodes) == named(second.nodes)
+    config = load_config(PruneConfig, [*QUICK, "node_masks.search_trials=3"])
+    (first, _, used), (second, _, again) = (find(problem(model, data, ablation, config), RANK) for _ in range(2))
+    assert named(first.kept) == named(second.kept)
     assert used == again
-    plain, _ = find(model, data, ablation, load_config(PruneConfig, ["steps=30", "batch_pairs=8"]))
-    assert graph.n_edges(model, first.nodes) <= graph.n_edges(model, plain.nodes)
+    plain, _, _ = find(problem(model, data, ablation, load_config(PruneConfig, QUICK)), RANK)
+    assert graph.n_edges(model, first.kept) <= graph.n_edges(model, plain.kept)
 
 
 def test_the_model_is_left_as_it_was(model, data, ablation):
     before = [p.clone() for p in model.parameters()]
-    node_masks.rank_nodes(model, data, ablation, load_config(PruneConfig, ["steps=3"]))
+    RANK(problem(model, data, ablation, load_config(PruneConfig, ["node_masks.steps=3"])))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_an_impossible_target_is_reported_with_the_best_loss(model, data, ablation):
-    config = load_config(PruneConfig, ["steps=20", "target_loss=0"])
-    cut, _ = find(model, data, ablation, config)
+    config = load_config(PruneConfig, ["node_masks.steps=20", "target_loss=0"])
+    cut, _, _ = find(problem(model, data, ablation, config), RANK)
     assert not cut.reached
     assert cut.loss < 0.15
 
 
 def test_the_cut_is_where_the_target_is_just_reached(model, data, ablation):
-    config = load_config(PruneConfig, ["steps=150", "lr=0.01", "count_penalty=1e-3"])
-    tau = node_masks.rank_nodes(model, data, ablation, config)
-    cut = bisect(model, data, ablation, tau, config)
-    n = graph.n_nodes(cut.nodes)
+    config = load_config(PruneConfig, THOROUGH)
+    tau = RANK(problem(model, data, ablation, config))
+    cut = bisect(problem(model, data, ablation, config), tau)
+    n = graph.n_nodes(cut.kept)
     assert cut.reached
-    fewer = node_masks.top_nodes(tau, n - 1, True)
+    fewer = NodeSpace(model, True).top(tau, n - 1)
     logits = evaluate.all_answer_logits(model, data, fewer, ablation)
     loss = evaluate.task_score(logits, data, evaluate.calibrate(logits, data))[0]
     assert graph.n_nodes(fewer) == n or loss > config.target_loss
@@ -155,18 +164,17 @@ def test_step_function_is_a_step_with_a_sigmoids_slope():
     torch.testing.assert_close(tau.grad, s * (1 - s) / 2)
 
 
-def test_tied_channels_are_kept_together():
+def test_tied_channels_are_kept_together(model):
     tau = {"blocks.0.attn_in": torch.tensor([0.5, -1.0]), "blocks.0.q": torch.tensor([0.2, 0.4]),
            "blocks.0.k": torch.tensor([0.2, 0.4])}  # fmt: skip
-    nodes = node_masks.top_nodes(tau, 2, tie_qk=True)
-    assert named(nodes) == {"attn_in:0", "q:1", "k:1"}
-    assert named(node_masks.top_nodes(tau, 2, tie_qk=False)) == {"attn_in:0", "q:1"}
+    assert named(NodeSpace(model, True).top(tau, 2)) == {"attn_in:0", "q:1", "k:1"}
+    assert named(NodeSpace(model, False).top(tau, 2)) == {"attn_in:0", "q:1"}
 
 
 def test_a_greater_penalty_keeps_fewer_nodes(model, data, ablation):
     kept = []
     for penalty in ("0", "1e-2"):
-        config = load_config(PruneConfig, ["steps=60", f"count_penalty={penalty}"])
-        tau = node_masks.rank_nodes(model, data, ablation, config)
+        config = load_config(PruneConfig, ["node_masks.steps=60", f"node_masks.count_penalty={penalty}"])
+        tau = RANK(problem(model, data, ablation, config))
         kept.append(sum(int((t >= 0).sum()) for t in tau.values()))
     assert kept[1] < kept[0]

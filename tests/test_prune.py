@@ -8,12 +8,14 @@ import torch
 import sparsetrain
 from sparsetrain.config import PruneConfig, load_config
 from sparsetrain.pruning import graph
-from sparsetrain.pruning.circuit import Circuit, edges_between, load_circuit
+from sparsetrain.pruning.channel_edges import ChannelGraph
+from sparsetrain.pruning.circuit import Circuit, list_edges, load_circuit
 from sparsetrain.pruning.measures import score_tasks
 from sparsetrain.pruning.prune import Unreached, prune
 from sparsetrain.tasks import TaskError
 
-QUICK = ["steps=40", "train_pairs=16", "heldout_pairs=16", "batch_pairs=8", "reference_tokens=512", "random_sets=3"]
+QUICK = ["node_masks.steps=40", "node_masks.batch_pairs=8", "train_pairs=16", "heldout_pairs=16",
+         "reference_tokens=512", "random_sets=3"]  # fmt: skip
 NAMES = ("name", "path", "data", "value", "key", "line", "text", "file", "node", "code", "func", "args", "list", "word")
 
 
@@ -58,7 +60,7 @@ def test_measures_and_files_agree(found, tiny_run):
 
 def test_edges_are_weights_of_the_model(found, tiny_run):
     model, _ = sparsetrain.load(tiny_run)
-    assert found.edges == edges_between(model, found.nodes)
+    assert found.edges == list_edges(ChannelGraph(model), graph.kept_edges(model, found.nodes))
     assert len(found.edges) == graph.n_edges(model, found.nodes)
     parameters = dict(model.named_parameters())
     for edge in found.edges:
@@ -85,7 +87,7 @@ def test_the_summary_names_the_last_circuit(found, tiny_run):
 
 
 def test_an_unreachable_target_is_an_answer(tiny_run, task):
-    answer = prune(tiny_run, task, load_config(PruneConfig, [*QUICK, "target_loss=0", "steps=3"]))
+    answer = prune(tiny_run, task, load_config(PruneConfig, [*QUICK, "target_loss=0", "node_masks.steps=3"]))
     assert isinstance(answer, Unreached)
     assert answer.best_loss > 0
     assert "above the target" in answer.why or "no size of circuit" in answer.why
@@ -96,7 +98,7 @@ def test_an_unreachable_target_is_an_answer(tiny_run, task):
 
 
 def test_an_unreachable_target_leaves_an_earlier_circuit_alone(found, tiny_run, task):
-    prune(tiny_run, task, load_config(PruneConfig, [*QUICK, "target_loss=0", "steps=3"]))
+    prune(tiny_run, task, load_config(PruneConfig, [*QUICK, "target_loss=0", "node_masks.steps=3"]))
     assert load_circuit(tiny_run / "circuits" / "self_or_none" / "node_masks").node_names() == found.node_names()
 
 

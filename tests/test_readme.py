@@ -59,7 +59,8 @@ def test_the_python_example_runs(tiny_run, tmp_path, monkeypatch):
     (code,) = (block for block in blocks("python") if "sparsetrain.load" in block)
     shutil.copytree(tiny_run, tmp_path / "runs" / "quickstart")
     monkeypatch.chdir(tmp_path)
-    settings = ["steps=5", "train_pairs=4", "heldout_pairs=4", "reference_tokens=64", "target_loss=9", "nonsense=false"]
+    settings = ["node_masks.steps=5", "train_pairs=4", "heldout_pairs=4", "reference_tokens=64",
+                "target_loss=9", "nonsense=false"]  # fmt: skip
     prune("runs/quickstart", "single_double_quote", load_config(PruneConfig, settings))
     code = code.replace("tokens = ...", "import torch; tokens = torch.zeros(1, 4, dtype=torch.int64)")
     names: dict = {}

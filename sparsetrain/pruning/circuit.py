@@ -3,19 +3,21 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from sparsetrain.checkpoint import whole_folder
-from sparsetrain.model import Transformer
 from sparsetrain.pruning.ablation import Ablation
+from sparsetrain.pruning.channel_edges import ChannelGraph
+from sparsetrain.pruning.edges import EdgeGraph, EdgeSet
 from sparsetrain.pruning.evaluate import Calibration
-from sparsetrain.pruning.graph import NodeSet, kept_weights, wires
+from sparsetrain.pruning.graph import NodeSet
 
-FORMAT = "sparsetrain-circuit-1"
+FORMAT = "sparsetrain-circuit-2"
 
 
 class CircuitError(ValueError):
@@ -24,12 +26,21 @@ class CircuitError(ValueError):
 
 @dataclass(frozen=True)
 class Edge:
-    """A nonzero weight from node `source` to node `target` (both "site:channel")."""
+    """From node `source` to node `target`.
+
+    In the channel graph a nonzero weight of a matrix, between nodes named "site:channel". In the component graph a path
+    along the residual stream, from "a0.h1" to "a1.h0<q>", say, without matrix or weight.
+    """
 
     source: str
     target: str
-    matrix: str
-    weight: float
+    matrix: str = ""
+    weight: float | None = None
+    score: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}->{self.target}"
 
 
 @dataclass(frozen=True)
@@ -39,59 +50,79 @@ class Circuit:
     Attributes:
         task: the task's name.
         method: the file in sparsetrain/pruning that found it.
-        nodes: for every node site, a boolean mask over its channels.
-        edges: the nonzero weights between kept nodes.
-        ablation: what replaces every other node.
+        graph: `channel` or `component`.
+        nodes: for every node site, a boolean mask over its channels; in the component graph for `embed`, the heads and
+            the MLP of each block, and `logits`.
+        edges: the edges between kept nodes.
+        ablation: what replaces everything else.
         calibration: scale and shift of the answers' logits.
-        effects: rise of the held-out task loss when one node is ablated too, by "site:channel".
-        measures: numbers on held-out prompts; see sparsetrain/pruning/prune.py.
+        ranking: for each group of units (nodes, or edges by their targets) what they were cut by; greater is kept
+            longer. Not there for a circuit that was not cut from a ranking.
+        effects: rise of the held-out task loss when one unit is ablated too, by "site:channel" or "source->target".
+        measures: numbers on held-out prompts; see sparsetrain/pruning/measures.py.
         settings: the PruneConfig it was found with, and the run it was found in.
     """
 
     task: str
     method: str
+    graph: Literal["channel", "component"]
     nodes: NodeSet
     edges: list[Edge]
     ablation: Ablation
     calibration: Calibration
+    ranking: dict[str, Tensor] = field(default_factory=dict)
     effects: dict[str, float] = field(default_factory=dict)
     measures: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def node_names(self) -> list[str]:
-        """Every node as "site:channel", in forward order."""
-        return [f"{s}:{c}" for s, mask in self.nodes.items() for c in mask.nonzero().flatten().tolist()]
+        """Every node as "site:channel", or "a0.h1" in the component graph, in forward order."""
+        return [
+            _node_name(self.graph, site, i, len(mask))
+            for site, mask in self.nodes.items()
+            for i in mask.nonzero().flatten().tolist()
+        ]
 
 
-def edges_between(model: Transformer, nodes: NodeSet) -> list[Edge]:
-    """The edges of a node set: every nonzero weight between two of its nodes, in forward order."""
-    return [
-        Edge(f"{wire.source}:{j}", f"{wire.target}:{i}", wire.matrix, wire.weight[i, j].item())
-        for wire in wires(model)
-        for i, j in kept_weights(wire, nodes).nonzero().tolist()
-    ]
+def list_edges(graph: EdgeGraph, edges: EdgeSet, scores: EdgeSet | None = None) -> list[Edge]:
+    """The edges of a set, in forward order, with their weights in the channel graph and their scores, if any."""
+    found = []
+    for group, kept in edges.items():
+        targets, sources = graph.names(group)
+        for i, j in kept.nonzero().tolist():
+            score = None if scores is None else scores[group][i, j].item()
+            if isinstance(graph, ChannelGraph):
+                wire = graph.wires[group]
+                found.append(Edge(sources[j], targets[i], wire.matrix, wire.weight[i, j].item(), score))
+            else:
+                found.append(Edge(sources[j], targets[i], score=score))
+    return found
 
 
 def save_circuit(folder: Path, circuit: Circuit) -> None:
     """Write a circuit into `folder`, whole or not at all.
 
-    `circuit.json` lists nodes, edges, effects, measures and settings; `masks.safetensors` holds for each site
-    `mask.<site>` and what replaces the rest, `replacement.<site>`.
+    `circuit.json` lists nodes, edges, effects, measures and settings; `masks.safetensors` holds `mask.<site>` of the
+    nodes, `replacement.<name>` of what is ablated, and `ranking.<group>`.
     """
     written = {
         "format": FORMAT,
         "task": circuit.task,
         "method": circuit.method,
+        "graph": circuit.graph,
         "ablation": circuit.ablation.kind,
         "calibration": {"scale": circuit.calibration.scale, "shift": circuit.calibration.shift},
         "sites": list(circuit.nodes),
         "nodes": [{"name": n, "effect": circuit.effects.get(n)} for n in circuit.node_names()],
-        "edges": [vars(edge) for edge in circuit.edges],
+        "edges": [vars(edge) | {"effect": circuit.effects.get(edge.name)} for edge in circuit.edges],
+        "replacements": list(circuit.ablation.values),
+        "ranked": list(circuit.ranking),
         "measures": circuit.measures,
         "settings": circuit.settings,
     }
     tensors = {f"mask.{s}": m.cpu().contiguous() for s, m in circuit.nodes.items()}
     tensors |= {f"replacement.{s}": v.cpu().contiguous() for s, v in circuit.ablation.values.items()}
+    tensors |= {f"ranking.{s}": v.cpu().clone() for s, v in circuit.ranking.items()}
     with whole_folder(folder) as unfinished:
         (unfinished / "circuit.json").write_text(json.dumps(written, indent=1) + "\n")
         (unfinished / "metrics.json").write_text(json.dumps(circuit.measures, indent=1) + "\n")
@@ -112,7 +143,7 @@ def load_circuit(folder: str | Path, device: str | torch.device = "cpu") -> Circ
     except (OSError, ValueError, SafetensorError) as error:
         raise CircuitError(f"{folder} must hold circuit.json and masks.safetensors, got: {error}") from None
     if not isinstance(read, dict) or read.get("format") != FORMAT:
-        raise CircuitError(f"{folder}/circuit.json must have the format {FORMAT}")
+        raise CircuitError(f"{folder}/circuit.json must have the format {FORMAT}; prune again")
     try:
         return _circuit(read, tensors)
     except (KeyError, TypeError) as error:
@@ -120,15 +151,30 @@ def load_circuit(folder: str | Path, device: str | torch.device = "cpu") -> Circ
 
 
 def _circuit(read: dict[str, Any], tensors: NodeSet) -> Circuit:
-    sites = read["sites"]
+    effects = {n["name"]: n["effect"] for n in read["nodes"]}
+    edges = [Edge(**{key: value for key, value in edge.items() if key != "effect"}) for edge in read["edges"]]
+    effects |= {e.name: edge["effect"] for e, edge in zip(edges, read["edges"], strict=True)}
     return Circuit(
         task=read["task"],
         method=read["method"],
-        nodes={s: tensors[f"mask.{s}"] for s in sites},
-        edges=[Edge(**edge) for edge in read["edges"]],
-        ablation=Ablation(read["ablation"], {s: tensors[f"replacement.{s}"] for s in sites}),
+        graph=read["graph"],
+        nodes={s: tensors[f"mask.{s}"] for s in read["sites"]},
+        edges=edges,
+        ablation=Ablation(read["ablation"], {s: tensors[f"replacement.{s}"] for s in read["replacements"]}),
         calibration=Calibration(**read["calibration"]),
-        effects={n["name"]: n["effect"] for n in read["nodes"] if n["effect"] is not None},
+        ranking={s: tensors[f"ranking.{s}"] for s in read["ranked"]},
+        effects={name: effect for name, effect in effects.items() if effect is not None},
         measures=read["measures"],
         settings=read["settings"],
     )
+
+
+def _node_name(graph: str, site: str, i: int, n: int) -> str:
+    if graph == "channel":
+        return f"{site}:{i}"
+    if site == "embed":
+        return ("tokens", "positions")[i] if n == 2 else "input"
+    if site == "logits":
+        return "logits"
+    _, l, kind = site.split(".")
+    return f"m{l}" if kind == "mlp" else f"a{l}.h{i}"

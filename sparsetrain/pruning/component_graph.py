@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsetrain.kernels.ops import act_abs_topk, attend
 from sparsetrain.model import Attention, Mlp, Transformer, keep, n_kept
 from sparsetrain.pruning.ablation import site_reader
-from sparsetrain.pruning.edges import EdgeSet
+from sparsetrain.pruning.edges import EdgeSet, edge_names
 
 
 class ComponentGraph:
@@ -104,6 +104,15 @@ class ComponentGraph:
                 kept &= torch.tensor([s in alive for s in sources], device=kept.device)
             if sum(int(kept.sum()) for kept in edges.values()) == before:
                 return edges
+
+    def end_nodes(self, edges: EdgeSet) -> EdgeSet:
+        """The components that edges begin or end at: for `embed`, each block's `heads` and `mlp`, and `logits`."""
+        ends = {end.split("<")[0] for pair in edge_names(self, edges) for end in pair}
+        names = {"embed": self.sources[: 1 + self.split_embedding]}
+        for l in range(len(self.model.blocks)):
+            names |= {f"blocks.{l}.heads": [f"a{l}.h{h}" for h in range(self.n_heads)], f"blocks.{l}.mlp": [f"m{l}"]}
+        names["logits"] = ["logits"]
+        return {group: torch.tensor([name in ends for name in members]) for group, members in names.items()}
 
     def _alive(self, edges: EdgeSet) -> set[str]:
         """The components that read something and are read."""

@@ -1,74 +1,86 @@
-"""From a ranking of nodes to the smallest node set found that reaches the target loss."""
+"""From a ranking of units, nodes or edges, to the smallest circuit found that reaches the target loss."""
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 from tqdm import tqdm
 
 from sparsetrain.config import ConfigError, PruneConfig
-from sparsetrain.model import Transformer
-from sparsetrain.pruning import node_masks
+from sparsetrain.pruning import space
 from sparsetrain.pruning.ablation import Ablation
-from sparsetrain.pruning.evaluate import (
-    Calibration,
-    all_answer_logits,
-    calibrate,
-    node_effects,
-    task_score,
-)
-from sparsetrain.pruning.graph import NodeSet, n_edges, n_nodes, without_dangling
+from sparsetrain.pruning.evaluate import Calibration, calibrate, task_score
+from sparsetrain.pruning.space import Space, Unit, Units, n_units
 from sparsetrain.tasks import TaskData
 
 log = logging.getLogger(__name__)
 
-METHODS = {"node_masks": node_masks.rank_nodes}
+ORDER_PROMPTS = 64  # prompts that the order of cleaning is measured on
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A node set and how it does on the prompts it was chosen on."""
+    """A set of units and how it does on the prompts it was chosen on."""
 
-    nodes: NodeSet
+    kept: Units
     loss: float
     calibration: Calibration
     reached: bool
 
 
-def find(
-    model: Transformer, data: TaskData, ablation: Ablation, config: PruneConfig, method: str = "node_masks"
-) -> tuple[Cut, PruneConfig]:
-    """The smallest node set found that reaches the target loss on `data`, and the settings that gave it.
+@dataclass(frozen=True)
+class Problem:
+    """One search: where circuits are cut from, for which prompts, under which ablation, with which settings."""
+
+    space: Space
+    data: TaskData
+    ablation: Ablation
+    config: PruneConfig
+
+    def score(self, kept: Units) -> Cut:
+        """How well a set of units does the task, calibrated."""
+        logits = self.space.logits(self.data, kept, self.ablation)
+        calibration = calibrate(logits, self.data)
+        loss = task_score(logits, self.data, calibration)[0]
+        return Cut(kept, loss, calibration, loss <= self.config.target_loss)
+
+
+Rank = Callable[[Problem], dict[str, Tensor]]
+
+
+def find(problem: Problem, rank: Rank) -> tuple[Cut, dict[str, Tensor], PruneConfig]:
+    """The smallest circuit found that reaches the target loss, the ranking it was cut from, and the settings used.
 
     Raises:
-        ConfigError: the method is unknown, or a search is asked for without Optuna.
+        ConfigError: a search over settings is asked for without Optuna.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if config.search_trials:
-        return _search(model, data, ablation, config, method)
-    log.info("learning masks, %d steps", config.steps)
-    tau = METHODS[method](model, data, ablation, config)
-    cut = bisect(model, data, ablation, tau, config)
-    log.info("cut at %d nodes: loss %.3f, target %s", n_nodes(cut.nodes), cut.loss, "met" if cut.reached else "missed")
-    return (clean(model, data, ablation, cut, config) if cut.reached else cut), config
+    if problem.config.node_masks.search_trials:
+        return _search(problem, rank)
+    ranking = rank(problem)
+    if problem.config.size is not None:
+        cut = problem.score(problem.space.top(ranking, problem.config.size))
+        return dataclasses.replace(cut, reached=True), ranking, problem.config
+    cut = bisect(problem, ranking)
+    log.info("cut at %d units: loss %.3f, target %s", n_units(cut.kept), cut.loss, "met" if cut.reached else "missed")
+    return (clean(problem, cut) if cut.reached else cut), ranking, problem.config
 
 
-def bisect(model: Transformer, data: TaskData, ablation: Ablation, tau: dict[str, Tensor], config: PruneConfig) -> Cut:
-    """Cut a ranking of nodes at the size where the calibrated task loss just reaches the target.
+def bisect(problem: Problem, ranking: dict[str, Tensor]) -> Cut:
+    """Cut a ranking at the size where the calibrated task loss just reaches the target.
 
     Source: Gao et al. 2025, A.5. The loss need not be monotone in the size: sizes are doubled until one reaches the
     target, then halved into. Where none does, the best size tried is returned, with `reached` false.
     """
 
     def cut(n: int) -> Cut:
-        return _score(model, data, ablation, node_masks.top_nodes(tau, n, config.tie_qk), config)
+        return problem.score(problem.space.top(ranking, n))
 
     best = cut(0)
     if best.reached:
         return best
-    n_all = sum(len(t) for t in tau.values())
+    n_all = n_units(problem.space.everything)
     low = 0
     for high in [*(2**i for i in range(n_all.bit_length()) if 2**i < n_all), n_all]:
         tried = cut(high)
@@ -87,67 +99,66 @@ def bisect(model: Transformer, data: TaskData, ablation: Ablation, tau: dict[str
     return best
 
 
-def clean(model: Transformer, data: TaskData, ablation: Ablation, cut: Cut, config: PruneConfig) -> Cut:
-    """Drop dangling nodes, then, if asked, every node that the target does not need.
+def clean(problem: Problem, cut: Cut) -> Cut:
+    """Drop dangling units, then, if asked, every unit that the target does not need.
 
-    Learnt masks leave nodes that do nothing (Gao et al. 2025, footnote 9, removed them by hand). Nodes are tried
+    Learnt masks leave nodes that do nothing (Gao et al. 2025, footnote 9, removed them by hand). Units are tried
     once each, in order of the rise in loss without them; a tied query and key channel are tried together.
     """
-    cut = _without_dangling(model, data, ablation, cut, config)
-    if not config.clean:
+    cut = _connected(problem, cut)
+    if not problem.config.clean:
         return cut
-    progress = tqdm(desc="cleaning", unit=" nodes", total=2 * n_nodes(cut.nodes), disable=None)
-    some = data.take(slice(0, 64))  # enough to order them by
-    effects = node_effects(model, some, cut.nodes, ablation, cut.calibration, progress.update)
-    for site, channel in sorted(effects, key=effects.__getitem__):
+    progress = tqdm(desc="cleaning", unit=" units", total=2 * n_units(cut.kept), disable=None)
+    some = dataclasses.replace(problem, data=problem.data.take(slice(0, ORDER_PROMPTS)))
+    rises = effects(some, cut, progress.update)
+    for unit in sorted(rises, key=rises.__getitem__):
         progress.update()
-        if not cut.nodes[site][channel]:
+        if not cut.kept[unit[0]][unit[1]]:
             continue  # gone with the other half of its pair
-        fewer = {s: mask.clone() for s, mask in cut.nodes.items()}
-        for s in _together(site, config.tie_qk):
-            fewer[s][channel] = False
-        tried = _score(model, data, ablation, fewer, config)
+        tried = problem.score(space.without(cut.kept, problem.space.together(unit)))
         if tried.reached:
             cut = tried
     progress.close()
-    return _without_dangling(model, data, ablation, cut, config)
+    return _connected(problem, cut)
 
 
-def _score(model: Transformer, data: TaskData, ablation: Ablation, nodes: NodeSet, config: PruneConfig) -> Cut:
-    logits = all_answer_logits(model, data, nodes, ablation)
-    calibration = calibrate(logits, data)
-    loss = task_score(logits, data, calibration)[0]
-    return Cut(nodes, loss, calibration, loss <= config.target_loss)
+def effects(problem: Problem, cut: Cut, progress: Callable[[int], object] = lambda done: None) -> dict[Unit, float]:
+    """How much the circuit's task loss rises when one more unit is ablated, for each of its units."""
+
+    def loss(kept: Units) -> float:
+        return task_score(problem.space.logits(problem.data, kept, problem.ablation), problem.data, cut.calibration)[0]
+
+    base = loss(cut.kept)
+    found = {}
+    for unit in space.units(cut.kept):
+        found[unit] = loss(space.without(cut.kept, [unit])) - base
+        progress(1)
+    return found
 
 
-def _without_dangling(model: Transformer, data: TaskData, ablation: Ablation, cut: Cut, config: PruneConfig) -> Cut:
-    tidy = without_dangling(model, cut.nodes)
-    if n_nodes(tidy) == n_nodes(cut.nodes):
+def _connected(problem: Problem, cut: Cut) -> Cut:
+    tidy = problem.space.connected(cut.kept)
+    if n_units(tidy) == n_units(cut.kept):
         return cut
-    tried = _score(model, data, ablation, tidy, config)
+    tried = problem.score(tidy)
     return tried if tried.reached else cut
 
 
-def _together(site: str, tie_qk: bool) -> list[str]:
-    if tie_qk and site.rpartition(".")[2] in "qk":
-        return [site[:-1] + "q", site[:-1] + "k"]
-    return [site]
-
-
-def _search(
-    model: Transformer, data: TaskData, ablation: Ablation, config: PruneConfig, method: str
-) -> tuple[Cut, PruneConfig]:
-    """Optuna's TPE over the mask training's settings; fewest edges at the target wins, else the lowest loss."""
+def _search(problem: Problem, rank: Rank) -> tuple[Cut, dict[str, Tensor], PruneConfig]:
+    """Optuna's TPE over the node masks' settings; fewest edges at the target wins, else the lowest loss."""
     try:
         import optuna
     except ImportError:
-        raise ConfigError("search_trials needs Optuna; pip install 'sparsetrain[sweep]', or search_trials=0") from None
+        raise ConfigError(
+            "node_masks.search_trials needs Optuna; pip install 'sparsetrain[sweep]', or set it to 0"
+        ) from None
 
-    found: list[tuple[tuple[float, float], Cut, PruneConfig]] = []
+    found: list[tuple[tuple[float, float], tuple]] = []
+    options = problem.config.node_masks
 
     def objective(trial: optuna.Trial) -> float:
         tried = dataclasses.replace(
-            config,
+            options,
             search_trials=0,
             count_penalty=trial.suggest_float("count_penalty", 1e-6, 1e-2, log=True),
             lr=trial.suggest_float("lr", 3e-4, 1e-1, log=True),
@@ -156,17 +167,18 @@ def _search(
             weight_decay=trial.suggest_float("weight_decay", 1e-5, 1e-1, log=True),
             beta2=1 - trial.suggest_float("inverse_beta2", 1e-3, 0.3, log=True),
         )
-        cut, _ = find(model, data, ablation, tried, method)
-        edges = n_edges(model, cut.nodes)
-        found.append(((not cut.reached, edges if cut.reached else cut.loss), cut, tried))
-        return edges if cut.reached else 1e6 * (1 + cut.loss)
+        config = dataclasses.replace(problem.config, node_masks=tried)
+        result = find(dataclasses.replace(problem, config=config), rank)
+        cut = result[0]
+        n_edges = n_units(problem.space.edges(cut.kept))
+        found.append(((not cut.reached, n_edges if cut.reached else cut.loss), result))
+        return n_edges if cut.reached else 1e6 * (1 + cut.loss)
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=config.seed))
-    centre = {"count_penalty": config.count_penalty, "lr": config.lr, "temperature": config.temperature,
-              "init_mean": config.init_mean, "weight_decay": config.weight_decay,
-              "inverse_beta2": 1 - config.beta2}  # fmt: skip
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=problem.config.seed))
+    centre = {"count_penalty": options.count_penalty, "lr": options.lr, "temperature": options.temperature,
+              "init_mean": options.init_mean, "weight_decay": options.weight_decay,
+              "inverse_beta2": 1 - options.beta2}  # fmt: skip
     study.enqueue_trial(centre)
-    study.optimize(objective, n_trials=config.search_trials)
-    _, cut, used = min(found, key=lambda item: item[0])
-    return cut, used
+    study.optimize(objective, n_trials=options.search_trials)
+    return min(found, key=lambda item: item[0])[1]

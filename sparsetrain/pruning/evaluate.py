@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsetrain.model import Edit, Transformer
 from sparsetrain.pruning.ablation import BATCH, Ablation, draw_places, site_reader
-from sparsetrain.pruning.graph import NodeSet, complement, node_sites
+from sparsetrain.pruning.graph import NodeSet, node_sites
 from sparsetrain.tasks import TaskData
 
 CHANCE = 0.6931471805599453  # ln 2: the loss of a coin
@@ -112,38 +112,6 @@ def calibrate(logits: Tensor, data: TaskData) -> Calibration:
 def kl_divergence(full: Tensor, ablated: Tensor) -> float:
     """Mean KL(full model || ablated model) in nats over the whole vocabulary, from answer logits (N, V) of each."""
     return F.kl_div(ablated.log_softmax(-1), full.log_softmax(-1), reduction="batchmean", log_target=True).item()
-
-
-def node_effects(
-    model: Transformer,
-    data: TaskData,
-    nodes: NodeSet,
-    ablation: Ablation,
-    calibration: Calibration,
-    progress: Callable[[int], object] = lambda done: None,
-) -> dict[tuple[str, int], float]:
-    """How much the circuit's task loss rises when one more node is ablated, for each of its nodes."""  # fmt: skip
-    base = task_score(all_answer_logits(model, data, nodes, ablation), data, calibration)[0]
-    effects = {}
-    for site, mask in nodes.items():
-        for channel in mask.nonzero().flatten().tolist():
-            fewer = mask.clone()
-            fewer[channel] = False
-            logits = all_answer_logits(model, data, {**nodes, site: fewer}, ablation)
-            effects[site, channel] = task_score(logits, data, calibration)[0] - base
-            progress(1)
-    return effects
-
-
-def random_like(nodes: NodeSet, generator: torch.Generator) -> NodeSet:
-    """A random node set with as many nodes at each site as `nodes`, none of them in it where there is room."""
-    drawn = {}
-    for site, mask in complement(nodes).items():
-        n = int((~mask).sum())
-        order = torch.rand(len(mask), generator=generator).to(mask.device) + mask  # those outside `nodes` first
-        drawn[site] = torch.zeros_like(mask)
-        drawn[site][order.argsort(descending=True)[:n]] = True
-    return drawn
 
 
 def _difference(logits: Tensor, data: TaskData) -> Tensor:

@@ -58,11 +58,6 @@ def full(model: Transformer) -> NodeSet:
     return {s: torch.ones(n, dtype=torch.bool, device=device) for s, n in node_sites(model.options).items()}
 
 
-def complement(nodes: NodeSet) -> NodeSet:
-    """All nodes that are not in `nodes`."""
-    return {site: ~mask for site, mask in nodes.items()}
-
-
 def n_nodes(nodes: NodeSet) -> int:
     """How many nodes a set holds."""
     return sum(int(mask.sum()) for mask in nodes.values())

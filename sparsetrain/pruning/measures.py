@@ -12,66 +12,55 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparsetrain import checkpoint
-from sparsetrain.config import PruneConfig
 from sparsetrain.model import Transformer
 from sparsetrain.pruning.ablation import Ablation
-from sparsetrain.pruning.cut import Cut, find
+from sparsetrain.pruning.cut import Cut, Problem, Rank, find
 from sparsetrain.pruning.evaluate import (
     CHANCE,
     Calibration,
     all_answer_logits,
     calibrate,
     kl_divergence,
-    random_like,
     task_losses,
     task_score,
 )
-from sparsetrain.pruning.graph import complement, full, n_edges, n_nodes, without_dangling
+from sparsetrain.pruning.graph import full
+from sparsetrain.pruning.space import Space, Units, complement, n_units, random_like
 from sparsetrain.tasks import TASKS, TaskData, TaskError, encode_task, load_task, nonsense
 
 
-def measure(
-    model: Transformer, data: tuple[TaskData, TaskData], cut: Cut, ablation: Ablation, config: PruneConfig
-) -> dict[str, Any]:
+def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
     """The measures of a circuit on held-out prompts, each beside its control.
 
     Args:
-        model: the full model.
-        data: training and held-out prompts; the training ones serve calibration alone.
-        cut: the circuit's nodes and calibration.
-        ablation: what replaces the rest.
-        config: for the number of random sets and the seed.
+        problem: what the circuit was found by; its prompts serve calibration alone.
+        heldout: the held-out prompts.
+        cut: the circuit's units and calibration.
 
     Returns:
         task_loss, task_accuracy: of the circuit alone, calibrated (the target's terms); task_loss_se: the loss's
         standard error over the `n_prompts` held-out prompts; task_loss_uncalibrated.
-        n_nodes, n_edges; n_dangling: nodes on no path that the target could not spare (see `cut.clean`).
+        n_nodes, n_edges; n_dangling: units on no path that the target could not spare (see `cut.clean`).
         kl: to the full model over the vocabulary, uncalibrated; agreement: share of prompts where circuit and model
         prefer the same answer.
         completeness_loss: of the full model with only the circuit ablated; random_ablation_loss: the same for random
-        node sets with as many nodes at each site, mean and standard deviation over `random_sets`.
-        random_circuit_loss: such sets alone, calibrated.
+        circuits with as many units in each group, mean and standard deviation over `random_sets`.
+        random_circuit_loss: such circuits alone, calibrated.
         full_model_loss, full_model_accuracy: uncalibrated; full_model_loss_calibrated: on the circuit's own terms.
     """
-    train, heldout = data
-    fitted = train.take(slice(0, len(heldout)))
+    space, ablation, config = problem.space, problem.ablation, problem.config
+    fitted = problem.data.take(slice(0, len(heldout)))
     generator = torch.Generator().manual_seed(config.seed)
-    full_logits = full_model_logits(model, heldout)
-    alone = all_answer_logits(model, heldout, cut.nodes, ablation)
-    without = all_answer_logits(model, heldout, complement(cut.nodes), ablation)
-    randoms = [random_like(cut.nodes, generator) for _ in range(config.random_sets)]
-    random_without = [
-        task_score(all_answer_logits(model, heldout, complement(r), ablation), heldout)[0] for r in randoms
-    ]
+    full_logits = full_model_logits(space.model, heldout)
+    alone = space.logits(heldout, cut.kept, ablation)
+    without = space.logits(heldout, complement(space, cut.kept), ablation)
+    randoms = [random_like(space, cut.kept, generator) for _ in range(config.random_sets)]
+    random_without = [task_score(space.logits(heldout, complement(space, r), ablation), heldout)[0] for r in randoms]
     random_alone = [
-        task_score(
-            all_answer_logits(model, heldout, r, ablation),
-            heldout,
-            calibrate(all_answer_logits(model, fitted, r, ablation), fitted),
-        )[0]
+        task_score(space.logits(heldout, r, ablation), heldout, calibrate(space.logits(fitted, r, ablation), fitted))[0]
         for r in randoms
     ]
-    full_calibration = calibrate(full_model_logits(model, fitted), fitted)
+    full_calibration = calibrate(full_model_logits(space.model, fitted), fitted)
     loss, accuracy = task_score(alone, heldout, cut.calibration)
     full_loss, full_accuracy = task_score(full_logits, heldout)
     same = (cut.calibration(alone, heldout) > 0) == (Calibration()(full_logits, heldout) > 0)
@@ -81,9 +70,8 @@ def measure(
         "task_accuracy": accuracy,
         "n_prompts": len(heldout),
         "task_loss_uncalibrated": task_score(alone, heldout)[0],
-        "n_nodes": n_nodes(cut.nodes),
-        "n_edges": n_edges(model, cut.nodes),
-        "n_dangling": n_nodes(cut.nodes) - n_nodes(without_dangling(model, cut.nodes)),
+        **sizes(space, cut.kept),
+        "n_dangling": n_units(cut.kept) - n_units(space.connected(cut.kept)),
         "kl": kl_divergence(full_logits, alone),
         "agreement": same.float().mean().item(),
         "completeness_loss": task_score(without, heldout)[0],
@@ -99,27 +87,31 @@ def measure(
     }
 
 
+def sizes(space: Space, kept: Units) -> dict[str, int]:
+    """How many nodes and edges a circuit has."""
+    return {"n_nodes": n_units(space.nodes(kept)), "n_edges": n_units(space.edges(kept))}
+
+
 def _standard_error(losses: Tensor) -> float:
     return (losses.std() / len(losses) ** 0.5).item()
 
 
-def nonsense_control(
-    model: Transformer, tokenizer: Tokenizer, data: tuple[TaskData, TaskData], ablation: Ablation,
-    config: PruneConfig, method: str,
-) -> dict[str, Any]:  # fmt: skip
+def nonsense_control(problem: Problem, heldout: TaskData, rank: Rank, tokenizer: Tokenizer) -> dict[str, Any]:
     """The control of Drori 2026: how small a circuit the same search finds for answers that mean nothing."""
-    train, heldout = nonsense(data, tokenizer, config.seed)
-    cut, _ = find(model, train, ablation, dataclasses.replace(config, search_trials=0), method)
-    loss, accuracy = task_score(all_answer_logits(model, heldout, cut.nodes, ablation), heldout, cut.calibration)
+    train, heldout = nonsense((problem.data, heldout), tokenizer, problem.config.seed)
+    options = dataclasses.replace(problem.config.node_masks, search_trials=0)
+    config = dataclasses.replace(problem.config, node_masks=options)
+    space, ablation = problem.space, problem.ablation
+    cut, _, _ = find(dataclasses.replace(problem, data=train, config=config), rank)
+    loss, accuracy = task_score(space.logits(heldout, cut.kept, ablation), heldout, cut.calibration)
     answers = [tokenizer.decode([t]) for t in (int(train.correct[0]), int(train.wrong[0]))]
     return {
         "answers": answers,
-        "reached": cut.reached,
+        "reached": cut.reached and cut.loss <= config.target_loss,
         "task_loss": loss,
         "task_accuracy": accuracy,
-        "n_nodes": n_nodes(cut.nodes),
-        "n_edges": n_edges(model, cut.nodes),
-        "full_model_loss": task_score(full_model_logits(model, heldout), heldout)[0],
+        **sizes(space, cut.kept),
+        "full_model_loss": task_score(full_model_logits(space.model, heldout), heldout)[0],
     }
 
 

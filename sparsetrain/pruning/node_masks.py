@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsetrain.config import PruneConfig
+from sparsetrain.config import NodeMaskOptions
 from sparsetrain.model import Transformer
 from sparsetrain.pruning.ablation import Ablation, draw_places
 from sparsetrain.pruning.evaluate import Calibration, answer_logits, task_losses
-from sparsetrain.pruning.graph import NodeSet, node_sites
+from sparsetrain.pruning.graph import node_sites
 from sparsetrain.tasks import TaskData
 
 
@@ -27,7 +27,9 @@ class StepFunction(torch.autograd.Function):
         return grad * s * (1 - s) / ctx.temperature, None
 
 
-def rank_nodes(model: Transformer, data: TaskData, ablation: Ablation, options: PruneConfig) -> dict[str, Tensor]:
+def rank_nodes(
+    model: Transformer, data: TaskData, ablation: Ablation, options: NodeMaskOptions, tie_qk: bool, seed: int
+) -> dict[str, Tensor]:
     """Learn a mask over all nodes; its parameters rank them.
 
     The loss is the task's, over the answers' logits alone, plus `count_penalty` for each node kept. The model is
@@ -37,14 +39,16 @@ def rank_nodes(model: Transformer, data: TaskData, ablation: Ablation, options: 
         model: any model; its parameters get no gradient.
         data: the prompts to learn on.
         ablation: what replaces a node that is masked.
-        options: see PruneConfig.
+        options: see NodeMaskOptions.
+        tie_qk: one mask for a query channel and its key channel.
+        seed: of initial masks and batches.
 
     Returns:
         For each node site the mask parameters tau (width,), in [-1, 1]; a node is in the learnt circuit where
         tau >= 0. Under `tie_qk` a query channel and its key channel have one parameter.
     """
     device = model.unembed.weight.device
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(seed)
     free = {
         site: torch.empty(width)
         .normal_(options.init_mean, options.init_std, generator=generator)
@@ -52,7 +56,7 @@ def rank_nodes(model: Transformer, data: TaskData, ablation: Ablation, options: 
         .to(device)
         .requires_grad_()
         for site, width in node_sites(model.options).items()
-        if not (options.tie_qk and site.endswith(".k"))
+        if not (tie_qk and site.endswith(".k"))
     }
     tau = {site: free[_owner(site, free)] for site in node_sites(model.options)}
     optimizer = torch.optim.AdamW(
@@ -79,20 +83,6 @@ def rank_nodes(model: Transformer, data: TaskData, ablation: Ablation, options: 
     for p in frozen:
         p.requires_grad_(True)
     return {site: t.detach() for site, t in tau.items()}
-
-
-def top_nodes(tau: dict[str, Tensor], n: int, tie_qk: bool) -> NodeSet:
-    """The n nodes of greatest tau (one more where a tied pair straddles the cut); ties go to earlier sites."""
-    flat = torch.cat(list(tau.values()))
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen[flat.argsort(descending=True, stable=True)[:n]] = True
-    nodes = dict(zip(tau, chosen.split([len(t) for t in tau.values()]), strict=True))
-    if tie_qk:
-        for site in nodes:
-            if site.endswith(".q"):
-                nodes[site] = nodes[site] | nodes[site[:-1] + "k"]
-                nodes[site[:-1] + "k"] = nodes[site].clone()
-    return nodes
 
 
 def _owner(site: str, free: dict[str, Tensor]) -> str:

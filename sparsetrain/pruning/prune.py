@@ -12,20 +12,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sparsetrain import checkpoint
-from sparsetrain.config import PruneConfig, RunConfig
+from sparsetrain.config import ConfigError, PruneConfig, RunConfig
 from sparsetrain.data import evaluation_batches
 from sparsetrain.files import write_json
-from sparsetrain.pruning.ablation import build_ablation, site_reader
-from sparsetrain.pruning.circuit import Circuit, edges_between, save_circuit
-from sparsetrain.pruning.cut import Cut, find
-from sparsetrain.pruning.evaluate import calibrate, node_effects, task_score
-from sparsetrain.pruning.graph import n_nodes, node_sites
+from sparsetrain.model import Transformer
+from sparsetrain.pruning import node_masks
+from sparsetrain.pruning.ablation import build_ablation
+from sparsetrain.pruning.channel_edges import ChannelGraph
+from sparsetrain.pruning.circuit import Circuit, Edge, list_edges, save_circuit
+from sparsetrain.pruning.component_graph import ComponentGraph
+from sparsetrain.pruning.cut import ORDER_PROMPTS, Cut, Problem, Rank, effects, find
+from sparsetrain.pruning.evaluate import calibrate, task_score
+from sparsetrain.pruning.graph import wires
 from sparsetrain.pruning.measures import full_model_logits, measure, nonsense_control
-from sparsetrain.tasks import TASKS, encode_task, load_task
+from sparsetrain.pruning.space import EdgeSpace, NodeSpace, Space, Unit, Units, n_units
+from sparsetrain.tasks import TASKS, TaskData, encode_task, load_task
 
 log = logging.getLogger(__name__)
+
+SPARSE = 0.5  # with a smaller share of nonzero weights a model's own graph is that of its channels
+
+
+def _node_masks(problem: Problem) -> dict[str, Tensor]:
+    config = problem.config
+    log.info("learning masks, %d steps", config.node_masks.steps)
+    return node_masks.rank_nodes(
+        problem.space.model, problem.data, problem.ablation, config.node_masks, config.tie_qk, config.seed
+    )
+
+
+METHODS: dict[str, Rank] = {"node_masks": _node_masks}
 
 
 @dataclass(frozen=True)
@@ -55,46 +74,84 @@ def prune(
         The circuit, saved under `run`/circuits/<task>/<method>/, or Unreached, saved there as unreached.json.
 
     Raises:
-        TaskError: the task is unknown, or its answers are not single tokens of the run's tokenizer.
+        ConfigError: the method is unknown, or the settings do not suit the model.
+        TaskError: the task is unknown, its answers are not single tokens of the run's tokenizer, or the ablation needs
+            what there is not.
         CheckpointError: the run holds no readable model.
         WriteError: a result could not be written.
     """
     run = Path(run)
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     model, tokenizer, run_config = checkpoint.load_run(run, device)
+    model.requires_grad_(False)
     chosen = load_task(task)
     train, heldout = (
-        encode_task(chosen, tokenizer, n, split, config.seed, run_config.model.n_ctx).to(device)
+        encode_task(
+            chosen, tokenizer, n, split, config.seed, run_config.model.n_ctx, aligned=config.ablation == "corrupted"
+        ).to(device)
         for split, n in (("train", config.train_pairs), ("heldout", config.heldout_pairs))
     )
     log.info("task %s: %d prompts to learn on, %d held out", chosen.name, len(train), len(heldout))
-    read = site_reader(model, node_sites(model.options))
-    ablation = build_ablation(
-        read, config.ablation, corpus_tokens(run, run_config, config.reference_tokens, device), train
-    )
-    cut, used = find(model, train, ablation, config, method)
+    space = make_space(model, config, method)
+    needs_corpus = config.ablation in ("mean_data", "resample")
+    corpus = corpus_tokens(run, run_config, config.reference_tokens, device) if needs_corpus else []
+    ablation = build_ablation(space.read, config.ablation, corpus, train)
+    problem = Problem(space, train, ablation, config)
+    cut, ranking, used = find(problem, METHODS[method])
     folder = run / "circuits" / chosen.name / method
-    full_logits = full_model_logits(model, heldout)
-    full_loss = task_score(full_logits, heldout, calibrate(full_model_logits(model, train), train))[0]
     if not cut.reached:
-        answer = Unreached(chosen.name, cut.loss, config.target_loss, full_loss, _why(cut, full_loss, config))
-        folder.mkdir(parents=True, exist_ok=True)  # a circuit found earlier, with other settings, stays
-        write_json(folder / "unreached.json", dataclasses.asdict(answer))
-        _summarise(run, {"task": chosen.name, **dataclasses.asdict(answer)})
-        return answer
-    log.info("measuring %d nodes on held-out prompts", n_nodes(cut.nodes))
-    measures = measure(model, (train, heldout), cut, ablation, config)
+        return _unreached(run, folder, problem, heldout, cut)
+    log.info("measuring %d units on held-out prompts", n_units(cut.kept))
+    measures = measure(problem, heldout, cut)
     if config.nonsense:
         log.info("the same search for nonsense answers")
-        measures["nonsense"] = nonsense_control(model, tokenizer, (train, heldout), ablation, used, method)
-    effects = node_effects(model, heldout, cut.nodes, ablation, cut.calibration)
+        problem = dataclasses.replace(problem, config=used)
+        measures["nonsense"] = nonsense_control(problem, heldout, METHODS[method], tokenizer)
+    effects = {space.name(unit): rise for unit, rise in unit_effects(problem, heldout, cut).items()}
+    settings = {"prune": dataclasses.asdict(used), "run": run.name, "task": _task_reference(task)}
     circuit = Circuit(
-        chosen.name, method, cut.nodes, edges_between(model, cut.nodes), ablation, cut.calibration,
-        {f"{site}:{channel}": e for (site, channel), e in effects.items()}, measures,
-        {"prune": dataclasses.asdict(used), "run": run.name, "task": _task_reference(task)},
+        chosen.name, method, space.kind, space.nodes(cut.kept), circuit_edges(space, cut.kept, ranking), ablation,
+        cut.calibration, ranking, effects, measures, settings,
     )  # fmt: skip
     save_circuit(folder, circuit)
-    _summarise(run, {"task": circuit.task, **circuit.measures})
+    _summarise(run, {"task": circuit.task, "method": method, **circuit.measures})
     return circuit
+
+
+def make_space(model: Transformer, config: PruneConfig, method: str) -> Space:
+    """What circuits are cut out of: nodes for `node_masks`, edges of the graph that the config names for the others.
+
+    Raises:
+        ConfigError: the graph does not suit the model.
+    """
+    if method == "node_masks":
+        return NodeSpace(model, config.tie_qk)
+    kind = config.graph
+    if kind == "auto":
+        weights = [wire.weight for wire in wires(model)]
+        share = sum(int((w != 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+        kind = "channel" if share < SPARSE else "component"
+    if kind == "channel":
+        return EdgeSpace(ChannelGraph(model))
+    try:
+        return EdgeSpace(ComponentGraph(model, config.split_embedding))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def circuit_edges(space: Space, kept: Units, ranking: dict[str, Tensor]) -> list[Edge]:
+    """The edges of a circuit, with their scores where edges were ranked."""
+    if isinstance(space, EdgeSpace):
+        return list_edges(space.of, kept, ranking)
+    return list_edges(ChannelGraph(space.model), space.edges(kept))
+
+
+def unit_effects(problem: Problem, heldout: TaskData, cut: Cut) -> dict[Unit, float]:
+    """The rise of the held-out loss without each unit; of edges on fewer prompts, since there are many."""
+    few = heldout if isinstance(problem.space, NodeSpace) else heldout.take(slice(0, ORDER_PROMPTS))
+    with tqdm(desc="effects", unit=" units", total=n_units(cut.kept), disable=None) as progress:
+        return effects(dataclasses.replace(problem, data=few), cut, progress.update)
 
 
 def corpus_tokens(run: Path, config: RunConfig, n_tokens: int, device: torch.device | str = "cpu") -> list[Tensor]:
@@ -102,6 +159,18 @@ def corpus_tokens(run: Path, config: RunConfig, n_tokens: int, device: torch.dev
     n_windows = max(1, n_tokens // config.model.n_ctx)
     tokens = checkpoint.run_corpus(run, config).tokens("train")
     return [x.to(device) for x, _ in evaluation_batches(tokens, -(-n_windows // 32), 32, config.model.n_ctx)]
+
+
+def _unreached(run: Path, folder: Path, problem: Problem, heldout: TaskData, cut: Cut) -> Unreached:
+    config, model = problem.config, problem.space.model
+    full_logits = full_model_logits(model, heldout)
+    calibration = calibrate(full_model_logits(model, problem.data), problem.data)
+    full_loss = task_score(full_logits, heldout, calibration)[0]
+    answer = Unreached(folder.parent.name, cut.loss, config.target_loss, full_loss, _why(cut, full_loss, config))
+    folder.mkdir(parents=True, exist_ok=True)  # a circuit found earlier, with other settings, stays
+    write_json(folder / "unreached.json", dataclasses.asdict(answer))
+    _summarise(run, {"task": answer.task, **dataclasses.asdict(answer)})
+    return answer
 
 
 def _summarise(run: Path, newest: dict[str, Any]) -> None:
@@ -125,5 +194,6 @@ def _why(cut: Cut, full_loss: float, config: PruneConfig) -> str:
         )
     return (
         f"the full model does the task (calibrated loss {full_loss:.3f}) but no size of circuit came below "
-        f"{cut.loss:.3f} under {config.ablation} ablation; try more steps, another count_penalty, or search_trials"
+        f"{cut.loss:.3f} under {config.ablation} ablation; try other settings of the method (more steps, say), another "
+        "method, or another ablation"
     )
