@@ -66,7 +66,7 @@ def circuit_figure(data: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         HoverTool(renderers=[nodes], tooltips="<b>@name</b><br>@words<br>effect @effect{0.0000}"),
         HoverTool(renderers=[marks], tooltips="<b>@name</b><br>@words"),
     )
-    return _renumbered(json_item(plot, "figure"))
+    return renumbered(json_item(plot, "figure"))
 
 
 def track(name: str) -> str:
@@ -272,7 +272,7 @@ def _segments(pairs: Sequence[tuple[str, str]], layout: Layout) -> dict[str, lis
     }  # fmt: skip
 
 
-def _renumbered(item: Any) -> Any:
+def renumbered(item: Any) -> Any:
     """Bokeh numbers its models from one counter of the process; number them anew, in order of appearance."""
     numbers: dict[str, str] = {}
 

@@ -1,11 +1,12 @@
 """The circuit page: one file that shows a circuit, opens offline and asks nothing of the network.
 
+A circuit of channels is shown here, one of components by `component_page.py`.
+
 The page is a template, the script library of the installed Bokeh, our own scripts and style sheet, and two blocks of
 JSON: `page-data`, all that is shown, and `figure-data`, the picture. The template holds no data.
 """
 
 import html
-import json
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -15,6 +16,7 @@ from bokeh.resources import Resources
 
 from sparsetrain.analysis.circuit_data import Text, page_data
 from sparsetrain.analysis.circuit_figure import circuit_figure
+from sparsetrain.analysis.component_page import script_json, write_component_page
 from sparsetrain.analysis.snippets import corpus_windows
 from sparsetrain.checkpoint import load_run, run_corpus
 from sparsetrain.files import write_whole
@@ -78,11 +80,13 @@ def write_page(run: str | Path, circuit_folder: str | Path) -> Path:
     task = load_task(circuit.settings.get("task", circuit.task))
     prompts = encode_task(task, tokenizer, PAIRS, "heldout", circuit.settings["prune"]["seed"], config.model.n_ctx)
     words = {"name": task.name, "description": task.description}
+    page = Path(circuit_folder) / "circuit.html"
+    if circuit.graph == "component":
+        return write_component_page(page, circuit, model, tokenizer, prompts, words)
     windows = corpus_windows(run_corpus(run, config), config.model.n_ctx)
     data, layout = page_data(circuit, Text(tokenizer, windows, prompts), model, config)
     data = {"task": words, "load_from": Path(run).as_posix(), **data}
     title = f"{task.name}: a circuit of {data['facts']['run']}"
-    page = Path(circuit_folder) / "circuit.html"
     write_whole(page, _fill(title, data, circuit_figure(data, layout)).encode())
     return page
 
@@ -90,17 +94,12 @@ def write_page(run: str | Path, circuit_folder: str | Path) -> Path:
 def _fill(title: str, data: dict[str, Any], figure: dict[str, Any]) -> str:
     return TEMPLATE.substitute(
         title=html.escape(title),
-        data=_json(data),
-        figure=_json(figure),
+        data=script_json(data),
+        figure=script_json(figure),
         library=Resources(mode="inline", components=["bokeh"], log_level="error").render_js(),
         style=_read("circuit_page.css"),
         script="\n".join(_read(f"{name}.js") for name in ("page_elements", "circuit_panel", "circuit_page")),
     )
-
-
-def _json(value: Any) -> str:
-    """JSON that cannot end the script element it lies in."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _read(name: str) -> str:

@@ -48,10 +48,12 @@ def cautions(measures: Measures) -> list[str]:
 def _size(m: Measures) -> Reading:
     nonsense = m.get("nonsense")
     control = f"nonsense control {nonsense['n_nodes']:,} / {nonsense['n_edges']:,}" if nonsense else ""
-    return Reading(
-        "Nodes / edges", f"{m['n_nodes']:,} / {m['n_edges']:,}", control,
-        "Channels that are kept, and nonzero weights between two kept channels; embedding and unembedding not counted.",
-    )  # fmt: skip
+    counted = {
+        "channel": "Channels that are kept, and nonzero weights between them; embedding and unembedding not counted.",
+        "component": "Heads, MLPs and the two ends of the model that are kept, and what each reads of another.",
+    }
+    meaning = counted[m.get("graph", "channel")]
+    return Reading("Nodes / edges", f"{m['n_nodes']:,} / {m['n_edges']:,}", control, meaning)
 
 
 def _loss(m: Measures) -> Reading:

@@ -65,6 +65,7 @@ def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
     full_loss, full_accuracy = task_score(full_logits, heldout)
     same = (cut.calibration(alone, heldout) > 0) == (Calibration()(full_logits, heldout) > 0)
     return {
+        "graph": space.kind,
         "task_loss": loss,
         "task_loss_se": _standard_error(task_losses(cut.calibration(alone, heldout))),
         "task_accuracy": accuracy,
