@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("config", nargs="*", metavar="FILE.yaml | key=value")
     made.add_argument("--task", required=True, help="a built-in task, or a JSON-lines file")
     made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    made.add_argument("--method", default="node_masks", help="how nodes are ranked (default node_masks)")
+    made.add_argument("--method", default="node_masks", help="how circuits are found (default node_masks)")
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
     made = add(

@@ -196,6 +196,20 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class AttributionOptions:
+    """How edges are scored by gradients; steps are the published ones."""
+
+    estimator: Literal["eap", "eap_ig_inputs", "eap_ig_activations", "gates", "gates_checked", "exact"] = option(
+        "gates_checked", "gates: gradients integrated over the edges' gates; gates_checked: the best then patched"
+    )
+    ig_steps: int = option(5, "points between a replacement and an activation, of eap_ig_*", "runs", low=1)
+    gate_points: int = option(11, "points of the integral over the gates", "runs", low=1)
+    check_runs: int = option(32, "what gates_checked spends on patching, in runs of all prompts", "runs", low=1)
+    batch_prompts: int = option(32, "prompts in one forward pass", "prompts", low=1)
+    seed: int = option(0, "seed of resampled replacements and of the prompts that are patched", low=0)
+
+
+@dataclass(frozen=True)
 class NodeMaskOptions:
     steps: int = option(400, "optimiser steps", "steps", low=1)
     batch_pairs: int = option(32, "prompt pairs in a step", "pairs", low=1)
@@ -236,6 +250,7 @@ class PruneConfig:
     nonsense: bool = option(True, "also search a circuit for the same prompts with nonsense answers")
     seed: int = option(0, "seed of prompts, masks, batches and random sets", low=0)
     node_masks: NodeMaskOptions = field(default_factory=NodeMaskOptions)
+    attribution: AttributionOptions = field(default_factory=AttributionOptions)
 
 
 def load_config(kind: type[C], arguments: Sequence[str]) -> C:

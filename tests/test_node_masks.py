@@ -17,7 +17,8 @@ from sparsetrain.pruning.space import NodeSpace
 from sparsetrain.tasks import TaskData
 
 OFF = [f"model.abs_topk.{s}=1" for s in ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")]
-RANK = METHODS["node_masks"]
+METHOD = METHODS["node_masks"]
+RANK = METHOD.rank
 QUICK = ["node_masks.steps=30", "node_masks.batch_pairs=8"]
 THOROUGH = ["node_masks.steps=150", "node_masks.lr=0.01", "node_masks.count_penalty=1e-3"]
 
@@ -85,7 +86,7 @@ def named(nodes) -> set[str]:
 
 def test_the_known_circuit_is_found(model, data, ablation):
     config = load_config(PruneConfig, [*THOROUGH, "node_masks.batch_pairs=16"])
-    cut, _, _ = find(problem(model, data, ablation, config), RANK)
+    cut, _, _ = find(problem(model, data, ablation, config), METHOD)
     assert cut.reached
     assert cut.loss <= 0.15
     assert named(cut.kept) in (
@@ -97,7 +98,7 @@ def test_the_known_circuit_is_found(model, data, ablation):
 
 def test_measures_of_the_known_circuit(model, data, ablation):
     config = load_config(PruneConfig, [*THOROUGH, "node_masks.batch_pairs=16"])
-    cut, _, _ = find(problem(model, data, ablation, config), RANK)
+    cut, _, _ = find(problem(model, data, ablation, config), METHOD)
     found = measure(problem(model, data, ablation, config), data, cut)
     assert (found["n_nodes"], found["n_edges"], found["n_dangling"]) == (4, 2, 0)
     assert found["task_loss"] < 0.15
@@ -114,7 +115,7 @@ def test_a_task_that_needs_no_node_has_an_empty_circuit(model, data, ablation):
     with_table.bigram = torch.nn.Parameter(torch.zeros(9, 9))
     with torch.no_grad():
         with_table.bigram[1, 3] = with_table.bigram[2, 4] = 8.0
-    cut, _, _ = find(problem(with_table, data, ablation, load_config(PruneConfig, ["node_masks.steps=5"])), RANK)
+    cut, _, _ = find(problem(with_table, data, ablation, load_config(PruneConfig, ["node_masks.steps=5"])), METHOD)
     assert cut.reached
     assert named(cut.kept) == set()
 
@@ -122,10 +123,10 @@ def test_a_task_that_needs_no_node_has_an_empty_circuit(model, data, ablation):
 def test_a_search_is_deterministic_and_finds_no_larger_circuit(model, data, ablation):
     pytest.importorskip("optuna")
     config = load_config(PruneConfig, [*QUICK, "node_masks.search_trials=3"])
-    (first, _, used), (second, _, again) = (find(problem(model, data, ablation, config), RANK) for _ in range(2))
+    (first, _, used), (second, _, again) = (find(problem(model, data, ablation, config), METHOD) for _ in range(2))
     assert named(first.kept) == named(second.kept)
     assert used == again
-    plain, _, _ = find(problem(model, data, ablation, load_config(PruneConfig, QUICK)), RANK)
+    plain, _, _ = find(problem(model, data, ablation, load_config(PruneConfig, QUICK)), METHOD)
     assert graph.n_edges(model, first.kept) <= graph.n_edges(model, plain.kept)
 
 
@@ -138,7 +139,7 @@ def test_the_model_is_left_as_it_was(model, data, ablation):
 
 def test_an_impossible_target_is_reported_with_the_best_loss(model, data, ablation):
     config = load_config(PruneConfig, ["node_masks.steps=20", "target_loss=0"])
-    cut, _, _ = find(problem(model, data, ablation, config), RANK)
+    cut, _, _ = find(problem(model, data, ablation, config), METHOD)
     assert not cut.reached
     assert cut.loss < 0.15
 

@@ -47,24 +47,30 @@ class Problem:
         return Cut(kept, loss, calibration, loss <= self.config.target_loss)
 
 
-Rank = Callable[[Problem], dict[str, Tensor]]
+@dataclass(frozen=True)
+class Method:
+    """How units are ranked: greater scores are kept longer, or greater magnitudes where scores are signed effects."""
+
+    rank: Callable[[Problem], dict[str, Tensor]]
+    by_magnitude: bool = False
 
 
-def find(problem: Problem, rank: Rank) -> tuple[Cut, dict[str, Tensor], PruneConfig]:
-    """The smallest circuit found that reaches the target loss, the ranking it was cut from, and the settings used.
+def find(problem: Problem, method: Method) -> tuple[Cut, dict[str, Tensor], PruneConfig]:
+    """The smallest circuit found that reaches the target loss, the scores it was cut by, and the settings used.
 
     Raises:
         ConfigError: a search over settings is asked for without Optuna.
     """
     if problem.config.node_masks.search_trials:
-        return _search(problem, rank)
-    ranking = rank(problem)
+        return _search(problem, method)
+    scores = method.rank(problem)
+    ranking = {group: score.abs() for group, score in scores.items()} if method.by_magnitude else scores
     if problem.config.size is not None:
         cut = problem.score(problem.space.top(ranking, problem.config.size))
-        return dataclasses.replace(cut, reached=True), ranking, problem.config
+        return dataclasses.replace(cut, reached=True), scores, problem.config
     cut = bisect(problem, ranking)
     log.info("cut at %d units: loss %.3f, target %s", n_units(cut.kept), cut.loss, "met" if cut.reached else "missed")
-    return (clean(problem, cut) if cut.reached else cut), ranking, problem.config
+    return (clean(problem, cut) if cut.reached else cut), scores, problem.config
 
 
 def bisect(problem: Problem, ranking: dict[str, Tensor]) -> Cut:
@@ -144,7 +150,7 @@ def _connected(problem: Problem, cut: Cut) -> Cut:
     return tried if tried.reached else cut
 
 
-def _search(problem: Problem, rank: Rank) -> tuple[Cut, dict[str, Tensor], PruneConfig]:
+def _search(problem: Problem, method: Method) -> tuple[Cut, dict[str, Tensor], PruneConfig]:
     """Optuna's TPE over the node masks' settings; fewest edges at the target wins, else the lowest loss."""
     try:
         import optuna
@@ -168,7 +174,7 @@ def _search(problem: Problem, rank: Rank) -> tuple[Cut, dict[str, Tensor], Prune
             beta2=1 - trial.suggest_float("inverse_beta2", 1e-3, 0.3, log=True),
         )
         config = dataclasses.replace(problem.config, node_masks=tried)
-        result = find(dataclasses.replace(problem, config=config), rank)
+        result = find(dataclasses.replace(problem, config=config), method)
         cut = result[0]
         n_edges = n_units(problem.space.edges(cut.kept))
         found.append(((not cut.reached, n_edges if cut.reached else cut.loss), result))

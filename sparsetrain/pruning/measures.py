@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsetrain import checkpoint
 from sparsetrain.model import Transformer
 from sparsetrain.pruning.ablation import Ablation
-from sparsetrain.pruning.cut import Cut, Problem, Rank, find
+from sparsetrain.pruning.cut import Cut, Method, Problem, find
 from sparsetrain.pruning.evaluate import (
     CHANCE,
     Calibration,
@@ -97,13 +97,13 @@ def _standard_error(losses: Tensor) -> float:
     return (losses.std() / len(losses) ** 0.5).item()
 
 
-def nonsense_control(problem: Problem, heldout: TaskData, rank: Rank, tokenizer: Tokenizer) -> dict[str, Any]:
+def nonsense_control(problem: Problem, heldout: TaskData, method: Method, tokenizer: Tokenizer) -> dict[str, Any]:
     """The control of Drori 2026: how small a circuit the same search finds for answers that mean nothing."""
     train, heldout = nonsense((problem.data, heldout), tokenizer, problem.config.seed)
     options = dataclasses.replace(problem.config.node_masks, search_trials=0)
     config = dataclasses.replace(problem.config, node_masks=options)
     space, ablation = problem.space, problem.ablation
-    cut, _, _ = find(dataclasses.replace(problem, data=train, config=config), rank)
+    cut, _, _ = find(dataclasses.replace(problem, data=train, config=config), method)
     loss, accuracy = task_score(space.logits(heldout, cut.kept, ablation), heldout, cut.calibration)
     answers = [tokenizer.decode([t]) for t in (int(train.correct[0]), int(train.wrong[0]))]
     return {

@@ -19,15 +19,16 @@ from sparsetrain.config import ConfigError, PruneConfig, RunConfig
 from sparsetrain.data import evaluation_batches
 from sparsetrain.files import write_json
 from sparsetrain.model import Transformer
-from sparsetrain.pruning import node_masks
+from sparsetrain.pruning import attribution, node_masks
 from sparsetrain.pruning.ablation import build_ablation
 from sparsetrain.pruning.channel_edges import ChannelGraph
 from sparsetrain.pruning.circuit import Circuit, Edge, list_edges, save_circuit
 from sparsetrain.pruning.component_graph import ComponentGraph
-from sparsetrain.pruning.cut import ORDER_PROMPTS, Cut, Problem, Rank, effects, find
+from sparsetrain.pruning.cut import ORDER_PROMPTS, Cut, Method, Problem, effects, find
 from sparsetrain.pruning.evaluate import calibrate, task_score
 from sparsetrain.pruning.graph import wires
 from sparsetrain.pruning.measures import full_model_logits, measure, nonsense_control
+from sparsetrain.pruning.objective import METRICS
 from sparsetrain.pruning.space import EdgeSpace, NodeSpace, Space, Unit, Units, n_units
 from sparsetrain.tasks import TASKS, TaskData, encode_task, load_task
 
@@ -44,7 +45,15 @@ def _node_masks(problem: Problem) -> dict[str, Tensor]:
     )
 
 
-METHODS: dict[str, Rank] = {"node_masks": _node_masks}
+def _attribution(problem: Problem) -> dict[str, Tensor]:
+    config = problem.config
+    log.info("scoring %d edges by %s", n_units(problem.space.everything), config.attribution.estimator)
+    return attribution.rank(
+        problem.space.of, problem.data, problem.ablation, METRICS[config.metric], config.attribution
+    )
+
+
+METHODS = {"node_masks": Method(_node_masks), "attribution": Method(_attribution, by_magnitude=True)}
 
 
 @dataclass(frozen=True)
