@@ -93,7 +93,7 @@ def _completeness(m: Measures) -> Reading:
         "Loss without it", _shown(m["completeness_loss"]),
         f"random sets ablated {spread}; full model {_shown(m['full_model_loss'])}",
         "Task loss of the full model when the circuit alone is ablated; if the circuit is all that does the task, "
-        "this is at chance or above, and far above random sets with as many nodes at each site.",
+        "this is at chance or above, and far above random sets of its size and places.",
     )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def _dangles(m: Measures) -> str | None:
     if not m["n_dangling"]:
         return None
     return (
-        f"{m['n_dangling']} of the nodes lie on no path from the tokens to the logits, yet the target is missed "
+        f"{m['n_dangling']} of its parts lie on no path from the tokens to the logits, yet the target is missed "
         "without them: they act through the scale of a norm, or as constants."
     )
 
@@ -162,7 +162,7 @@ def _not_needed(m: Measures) -> str | None:
     if m["completeness_loss"] > m["random_ablation_loss"] + 2 * m["random_ablation_loss_std"]:
         return None
     return (
-        "Ablating the circuit hurts the model no more than ablating random nodes: it can do the task, but the model "
+        "Ablating the circuit hurts the model no more than ablating random parts: it can do the task, but the model "
         "does not need it, and other parts do the task too."
     )
 

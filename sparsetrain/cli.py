@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     made = add("page", _page, "Write the page of a circuit again, from what the run directory holds.")
     made.add_argument("run", help="a run directory")
     made.add_argument("--task", required=True)
-    made.add_argument("--method", default="node_masks")
+    made.add_argument("--circuit", default="node_masks", help="its folder's name: the method, or what `name` was")
     return parser
 
 
@@ -170,7 +170,7 @@ def _prune(options: argparse.Namespace) -> None:
             f"no circuit of {found.task} reaches {found.target_loss}; the best had {found.best_loss:.3f}: {found.why}"
         )
         return
-    folder = Path(options.run) / "circuits" / found.task / found.method
+    folder = Path(options.run) / "circuits" / found.task / (config.name or found.method)
     print(_measures_table(found))
     for caution in cautions(found.measures):
         print(f"  - {caution}")
@@ -188,7 +188,7 @@ def _device(options: argparse.Namespace):
 def _page(options: argparse.Namespace) -> None:
     from sparsetrain.analysis.circuit_page import write_page
 
-    print(write_page(options.run, Path(options.run) / "circuits" / options.task / options.method))
+    print(write_page(options.run, Path(options.run) / "circuits" / options.task / options.circuit))
 
 
 def _measures_table(circuit) -> str:
@@ -207,8 +207,8 @@ def _measures_table(circuit) -> str:
         ("KL to the full model", f"{m['kl']:.3f} nats"),
         ("loss with the circuit ablated", f"{m['completeness_loss']:.3f}"),
         (
-            "loss with random nodes ablated",
-            f"{m['random_ablation_loss']:.3f} +- {m['random_ablation_loss_std']:.3f}   (as many at each site)",
+            f"loss with random {m['units']} ablated",
+            f"{m['random_ablation_loss']:.3f} +- {m['random_ablation_loss_std']:.3f}   (as many in each place)",
         ),
     ]
     if control := m.get("nonsense"):

@@ -227,6 +227,7 @@ class NodeMaskOptions:
 class PruneConfig:
     """One search for the circuit of a task; defaults are the centres of Gao et al. 2025, Table 2, where it has one."""
 
+    name: str | None = option(None, "folder of the circuit under circuits/<task>/; null: the method")
     target_loss: float = option(0.15, "task loss the circuit must reach", "nats per prompt", low=0)
     size: int | None = option(None, "units (nodes or edges) to keep, in place of as few as reach the target", low=1)
     graph: Literal["auto", "channel", "component"] = option(

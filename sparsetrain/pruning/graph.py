@@ -113,13 +113,14 @@ def connected_edges(model: Transformer, edges: dict[str, Tensor]) -> dict[str, T
 
 
 def end_nodes(model: Transformer, edges: dict[str, Tensor]) -> NodeSet:
-    """The nodes that edges begin or end at, and of `final_resid` the channels that they or the embedding write."""
+    """The nodes that edges begin or end at, and of `final_resid` the channels that they write."""
     nodes = {site: torch.zeros_like(mask) for site, mask in full(model).items()}
     for wire in wires(model):
         nodes[wire.source] |= edges[wire.target].any(0)
         nodes[wire.target] |= edges[wire.target].any(1)
-    everything = {site: mask if site != "final_resid" else torch.ones_like(mask) for site, mask in nodes.items()}
-    nodes["final_resid"] = _fed(model, everything, edges)["final_resid"]
+    for site, mask in nodes.items():
+        if site.rpartition(".")[2] in WRITES:
+            nodes["final_resid"] |= mask
     return nodes
 
 

@@ -38,6 +38,7 @@ def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
         cut: the circuit's units and calibration.
 
     Returns:
+        graph; units: `nodes` or `edges`, whatever the circuit was cut out of.
         task_loss, task_accuracy: of the circuit alone, calibrated (the target's terms); task_loss_se: the loss's
         standard error over the `n_prompts` held-out prompts; task_loss_uncalibrated.
         n_nodes, n_edges; n_dangling: units on no path that the target could not spare (see `cut.clean`).
@@ -66,6 +67,7 @@ def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
     same = (cut.calibration(alone, heldout) > 0) == (Calibration()(full_logits, heldout) > 0)
     return {
         "graph": space.kind,
+        "units": space.units,
         "task_loss": loss,
         "task_loss_se": _standard_error(task_losses(cut.calibration(alone, heldout))),
         "task_accuracy": accuracy,

@@ -80,7 +80,7 @@ def prune(
         device: where to compute.
 
     Returns:
-        The circuit, saved under `run`/circuits/<task>/<method>/, or Unreached, saved there as unreached.json.
+        The circuit, saved under `run`/circuits/<task>/<name or method>/, or Unreached, saved there as unreached.json.
 
     Raises:
         ConfigError: the method is unknown, or the settings do not suit the model.
@@ -108,10 +108,10 @@ def prune(
     ablation = build_ablation(space.read, config.ablation, corpus, train)
     problem = Problem(space, train, ablation, config)
     cut, ranking, used = find(problem, METHODS[method])
-    folder = run / "circuits" / chosen.name / method
+    folder = run / "circuits" / chosen.name / (config.name or method)
     if not cut.reached:
         return _unreached(run, folder, problem, heldout, cut)
-    log.info("measuring %d units on held-out prompts", n_units(cut.kept))
+    log.info("measuring %d %s on held-out prompts", n_units(cut.kept), space.units)
     measures = measure(problem, heldout, cut)
     if config.nonsense:
         log.info("the same search for nonsense answers")

@@ -23,6 +23,7 @@ class Space(Protocol):
     """All units, and what can be asked of some of them."""
 
     kind: Literal["channel", "component"]
+    units: Literal["nodes", "edges"]
     model: Transformer
     everything: Units
 
@@ -63,6 +64,7 @@ class NodeSpace:
     """Nodes of the channel graph; see Space. Under `tie_qk` a query channel and its key channel go together."""
 
     kind = "channel"
+    units = "nodes"
 
     def __init__(self, model: Transformer, tie_qk: bool):
         self.model, self.tie_qk = model, tie_qk
@@ -106,6 +108,8 @@ class NodeSpace:
 
 class EdgeSpace:
     """Edges of a graph; see Space."""
+
+    units = "edges"
 
     def __init__(self, of: EdgeGraph):
         self.of, self.kind, self.model = of, of.kind, of.model
