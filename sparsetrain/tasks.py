@@ -11,12 +11,11 @@ The split rests on the prompts' text: no prompt is in both `train` and `heldout`
 import difflib
 import hashlib
 import inspect
-import json
 import logging
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,6 +23,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from sparsetrain.task_files import TaskError, linked_groups, read_pairs
 from sparsetrain.task_prompts import GENERATORS, NAME_ANSWERS, Pair
 
 log = logging.getLogger(__name__)
@@ -33,12 +33,6 @@ PAD = 0
 FEWEST_PAIRS = 2  # of a file; fewer make no task
 # Candidates in a row without a new pair. In a small vocabulary one in fifty has names that are single tokens.
 LONGEST_FAILURE = 2000
-KEYS = [field.name for field in fields(Pair)]
-FORMAT = f"give each line the keys {', '.join(KEYS)}"
-
-
-class TaskError(ValueError):
-    """A task that cannot be found, read or encoded."""
 
 
 @dataclass(frozen=True)
@@ -322,61 +316,14 @@ def _built_in(draw: Callable[[random.Random], Pair]) -> Task:
 
 
 def _file_task(path: Path) -> Task:
-    pairs = _read_pairs(path)
-    groups = _groups(pairs)
+    pairs = read_pairs(path)
+    groups = linked_groups(pairs)
 
     def candidates(split: Split, rng: random.Random) -> Iterator[Pair]:
         mine = [pair for pair, group in zip(pairs, groups, strict=True) if _side(group) == split]
         yield from rng.sample(mine, len(mine))
 
     return Task(path.stem, f"pairs from {path}", candidates, whole_answers=True, from_file=True)
-
-
-def _groups(pairs: list[Pair]) -> list[str]:
-    """For each pair, the first in order of all prompts that are linked with it by shared prompts.
-
-    Pairs that share a prompt must fall on the same side of the split, and none of a user's is dropped for it.
-    """
-    parent: dict[str, str] = {}
-
-    def find(prompt: str) -> str:
-        while parent.setdefault(prompt, prompt) != prompt:
-            prompt = parent[prompt]
-        return prompt
-
-    for pair in pairs:
-        low, high = sorted((find(pair.positive), find(pair.negative)))
-        parent[high] = low
-    return [find(pair.positive) for pair in pairs]
-
-
-def _read_pairs(path: Path) -> list[Pair]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"a task file must be readable UTF-8 text, got {error} for {path}") from error
-    pairs = [_read_pair(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not pairs:
-        raise TaskError(f"{path} must hold one pair a line, got an empty file; {FORMAT}")
-    return pairs
-
-
-def _read_pair(line: str, where: str) -> Pair:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{where} must be a JSON object on one line, got {line[:40]!r} ({error}); {FORMAT}") from error
-    if not isinstance(row, dict):
-        raise TaskError(f"{where} must be a JSON object, got {line[:40]!r}; {FORMAT}")
-    problems = [f"no {key}" for key in KEYS if key not in row]
-    problems += [f"an unknown key {key}" for key in row if key not in KEYS]
-    problems += [f"{key} {text!r}" for key, text in row.items() if not (isinstance(text, str) and text)]
-    if problems:
-        raise TaskError(f"{where} must hold four texts that are not empty, got {', '.join(problems)}; {FORMAT}")
-    pair = Pair(**row)
-    if pair.positive == pair.negative or pair.positive_answer == pair.negative_answer:
-        raise TaskError(f"{where} must hold two prompts and two answers that differ, got the same text twice")
-    return pair
 
 
 TASKS: dict[str, Task] = {draw.__name__: _built_in(draw) for draw in GENERATORS}
