@@ -11,7 +11,11 @@ FORMAT = f"give each line the keys {', '.join(KEYS)}"
 
 
 class TaskError(ValueError):
-    """A task that cannot be found, read or encoded."""
+    """A task that cannot be found, read or encoded; `reason` says in a few words what the message says in full."""
+
+    def __init__(self, message: str, reason: str = ""):
+        super().__init__(message)
+        self.reason = reason or message
 
 
 def read_pairs(path: Path) -> list[Pair]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsetrain.pruning.evaluate import Calibration, task_losses
+from sparsetrain.pruning.evaluate import Calibration, right_and_wrong, task_losses
 from sparsetrain.tasks import TaskData
 
 
@@ -21,8 +21,17 @@ Metric = Callable[[Tensor, TaskData, Extremes], Tensor]  # outputs -> (N,)
 
 
 def logit_difference(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
-    """Logit of the right answer minus that of the wrong one."""
+    """Logit of the right answer minus that of the wrong one; of sets of answers, their log-odds."""
     return Calibration()(outputs, data)
+
+
+def probability_difference(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
+    """Probability of the right answers minus that of the wrong ones, over the whole vocabulary.
+
+    Source: Hanna et al. 2023, for greater-than.
+    """
+    right, wrong = right_and_wrong(outputs.log_softmax(-1), data)
+    return right.exp() - wrong.exp()
 
 
 def task_loss(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
@@ -46,4 +55,6 @@ def projection(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
     return (outputs * (extremes.full - extremes.empty)).flatten(1).sum(1)
 
 
-METRICS: dict[str, Metric] = {f.__name__: f for f in (logit_difference, task_loss, kl, squared_error, projection)}
+METRICS: dict[str, Metric] = {
+    f.__name__: f for f in (logit_difference, probability_difference, task_loss, kl, squared_error, projection)
+}
