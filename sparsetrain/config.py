@@ -239,8 +239,8 @@ class PruneConfig:
         "mean_data", "what replaces what is outside the circuit: means over the training corpus, over the task's "
         "prompts, or at each of their positions; zero; activations from elsewhere in the corpus, or of the partner",
     )  # fmt: skip
-    metric: Literal["task_loss", "logit_difference", "kl", "squared_error", "projection"] = option(
-        "task_loss", "what edges are ranked by; see sparsetrain/pruning/objective.py"
+    metric: Literal["task_loss", "logit_difference", "probability_difference", "kl", "squared_error", "projection"] = (
+        option("task_loss", "what edges are ranked by; see sparsetrain/pruning/objective.py")
     )
     tie_qk: bool = option(True, "nodes: keep a query channel if and only if its key channel is kept")
     train_pairs: int = option(256, "prompt pairs the circuit is found on", "pairs", low=2)

@@ -1,9 +1,10 @@
-"""Tasks as tensors: the twenty built-in tasks or a user's own, drawn from a seed, checked on the tokenizer.
+"""Tasks as tensors: the built-in tasks or a user's own, drawn from a seed, checked on the tokenizer.
 
 A task is a source of prompt pairs. A prompt's right answer is one token, the one that training text has
 there: the tokens of prompt and answer read together begin with the prompt's own. A built-in answer such as
 `]]` with its line break is one token to some tokenizers and two to others; where it is several, its first is
-asked for, as long as the two sides still differ. Names and the answers of users' files must be whole tokens.
+asked for, as long as the two sides still differ. Names and the answers of users' files must be whole tokens, and
+where a task has sets of right and wrong answers (greater_than) so must all of them.
 
 The split rests on the prompts' text: no prompt is in both `train` and `heldout`, whatever the seeds.
 """
@@ -11,12 +12,11 @@ The split rests on the prompts' text: no prompt is in both `train` and `heldout`
 import difflib
 import hashlib
 import inspect
-import json
 import logging
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,6 +24,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from sparsetrain.task_encoding import Encoded, Refused, encode_pair
+from sparsetrain.task_files import TaskError, linked_groups, read_pairs
+from sparsetrain.task_language import LANGUAGE_GENERATORS
 from sparsetrain.task_prompts import GENERATORS, NAME_ANSWERS, Pair
 
 log = logging.getLogger(__name__)
@@ -33,12 +36,6 @@ PAD = 0
 FEWEST_PAIRS = 2  # of a file; fewer make no task
 # Candidates in a row without a new pair. In a small vocabulary one in fifty has names that are single tokens.
 LONGEST_FAILURE = 2000
-KEYS = [field.name for field in fields(Pair)]
-FORMAT = f"give each line the keys {', '.join(KEYS)}"
-
-
-class TaskError(ValueError):
-    """A task that cannot be found, read or encoded."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,9 @@ class TaskData:
     positive: Tensor  # (N,) token id of the pair's positive answer
     prompts: tuple[str, ...]
     corrupted: Tensor | None = None  # (N, T) each prompt's partner, of as many tokens, with another right answer
+    # (N, V) bool: all right and all wrong answers, where there are several; `correct` and `wrong` are one of them.
+    correct_set: Tensor | None = None
+    wrong_set: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -139,7 +139,8 @@ def encode_task(
         split: `train` or `heldout`; they share no prompt, whatever the seeds.
         seed: decides which pairs are drawn and in which order; fewer pairs are the first of more.
         n_ctx: the model's context length; a prompt is at most n_ctx - 1 tokens.
-        aligned: refuse pairs whose prompts differ in length, and give each prompt the other one as its corrupted one.
+        aligned: refuse pairs whose prompts differ in length, and give each prompt its corrupted partner: the other
+            one, or that of the task.
 
     Returns:
         2 * n_pairs prompts.
@@ -155,7 +156,7 @@ def encode_task(
     chosen, refused = _choose(candidates, n_pairs, tokenizer, n_ctx, task.whole_answers, aligned)
     _check_number(task, tokenizer, n_pairs, split, len(chosen), refused)
     _report_first_tokens(task, chosen, tokenizer)
-    return _stack(task.name, chosen, aligned)
+    return _stack(task.name, chosen, aligned, tokenizer.get_vocab_size())
 
 
 def nonsense(parts: Sequence[TaskData], tokenizer: Tokenizer, seed: int) -> tuple[TaskData, ...]:
@@ -198,64 +199,29 @@ def _ask_for(data: TaskData, first: int, second: int) -> TaskData:
         correct=torch.where(is_positive, first, second),
         wrong=torch.where(is_positive, second, first),
         positive=torch.full_like(data.positive, first),
+        correct_set=None,
+        wrong_set=None,
     )
-
-
-class _Refused(Exception):
-    """Why a pair does not suit the tokenizer or the context length."""
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    prompts: tuple[list[int], list[int]]
-    answers: tuple[int, int]
-
-
-def _encode(pair: Pair, tokenizer: Tokenizer, n_ctx: int, whole_answers: bool, aligned: bool) -> _Encoded:
-    """Encode both prompts with their right answers, or raise _Refused."""
-    prompts, answers = [], []
-    for prompt, answer in ((pair.positive, pair.positive_answer), (pair.negative, pair.negative_answer)):
-        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-        together = tokenizer.encode(prompt + answer, add_special_tokens=False).ids
-        rest = together[len(ids) :]
-        if not 1 <= len(ids) < n_ctx:
-            raise _Refused(f"a prompt has {len(ids)} tokens, where n_ctx {n_ctx} allows 1 to {n_ctx - 1}")
-        if together[: len(ids)] != ids or not rest:
-            raise _Refused(f"the answer {answer!r} merges with the end of its prompt, {prompt[-20:]!r}")
-        if whole_answers and len(rest) > 1:
-            raise _Refused(f"the answer {answer!r} is not one token but {_texts(rest, tokenizer)}")
-        prompts.append(ids)
-        answers.append(rest[0])
-    if aligned and len(prompts[0]) != len(prompts[1]):
-        raise _Refused(f"its prompts have {len(prompts[0])} and {len(prompts[1])} tokens, where they must be as long")
-    if answers[0] == answers[1]:
-        both = f"{pair.positive_answer!r} and {pair.negative_answer!r}"
-        raise _Refused(f"the answers {both} begin with the same token, {_texts(answers[:1], tokenizer)[0]!r}")
-    return _Encoded((prompts[0], prompts[1]), (answers[0], answers[1]))
 
 
 def _choose(
     candidates: Iterator[Pair], n_pairs: int, tokenizer: Tokenizer, n_ctx: int, whole_answers: bool, aligned: bool
-) -> tuple[dict[Pair, _Encoded], list[str]]:
+) -> tuple[dict[Pair, Encoded], list[str]]:
     """The first `n_pairs` different pairs that suit, encoded, and the reasons against the others."""
-    chosen: dict[Pair, _Encoded] = {}
+    chosen: dict[Pair, Encoded] = {}
     refused: list[str] = []
     n_failed = 0
     for pair in candidates:
         n_failed += 1
         if pair not in chosen:
             try:
-                chosen[pair] = _encode(pair, tokenizer, n_ctx, whole_answers, aligned)
+                chosen[pair] = encode_pair(pair, tokenizer, n_ctx, whole_answers, aligned)
                 n_failed = 0
-            except _Refused as reason:
+            except Refused as reason:
                 refused.append(str(reason))
         if len(chosen) == n_pairs or n_failed == LONGEST_FAILURE:
             break
     return chosen, refused
-
-
-def _texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    return [tokenizer.decode([token]) for token in ids]
 
 
 def _check_number(task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, found: int, refused: list[str]) -> None:
@@ -267,13 +233,14 @@ def _check_number(task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, 
         raise TaskError(
             f"task {task.name} must give {fewest} different pairs for {split} with this tokenizer of "
             f"{tokenizer.get_vocab_size()} tokens, got {found}{reason}; "
-            f"train a tokenizer with a larger vocabulary, or {remedy}"
+            f"train a tokenizer with a larger vocabulary, or {remedy}",
+            reason=refused[0] if refused else "too few of its prompts differ",
         )
     if task.from_file and (found < n_pairs or refused):
         log.warning("task %s: %d pairs for %s, %d asked for%s", task.name, found, split, n_pairs, reason)
 
 
-def _report_first_tokens(task: Task, chosen: dict[Pair, _Encoded], tokenizer: Tokenizer) -> None:
+def _report_first_tokens(task: Task, chosen: dict[Pair, Encoded], tokenizer: Tokenizer) -> None:
     """Tell once which answers are longer than the token asked for."""
     asked = {}
     for pair, encoded in chosen.items():
@@ -285,23 +252,39 @@ def _report_first_tokens(task: Task, chosen: dict[Pair, _Encoded], tokenizer: To
         log.info("task %s: %r is several tokens here; asking for the first, %r", task.name, answer, text)
 
 
-def _stack(name: str, chosen: dict[Pair, _Encoded], aligned: bool) -> TaskData:
+def _stack(name: str, chosen: dict[Pair, Encoded], aligned: bool, n_tokens: int) -> TaskData:
     """Lay encoded pairs out as rows: positive, negative, positive, ..."""
     rows = [ids for encoded in chosen.values() for ids in encoded.prompts]
+    partners = [ids for encoded in chosen.values() for ids in encoded.partners]
     answers = torch.tensor([encoded.answers for encoded in chosen.values()])  # (pairs, 2)
+    right_sets = [ids for encoded in chosen.values() for ids in encoded.right_sets]
+    wrong_sets = [ids for encoded in chosen.values() for ids in encoded.wrong_sets]
+    return TaskData(
+        name=name,
+        tokens=_padded(rows),
+        last=torch.tensor([len(ids) - 1 for ids in rows]),
+        correct=answers.flatten(),
+        wrong=torch.tensor([encoded.wrong for encoded in chosen.values()]).flatten(),
+        positive=answers[:, 0].repeat_interleave(2),
+        prompts=tuple(prompt for pair in chosen for prompt in (pair.positive, pair.negative)),
+        corrupted=_padded(partners) if aligned else None,
+        correct_set=_as_mask(right_sets, n_tokens) if right_sets else None,
+        wrong_set=_as_mask(wrong_sets, n_tokens) if wrong_sets else None,
+    )
+
+
+def _padded(rows: list[list[int]]) -> Tensor:
     tokens = torch.full((len(rows), max(map(len, rows))), PAD, dtype=torch.int64)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = torch.tensor(ids)
-    return TaskData(
-        name=name,
-        tokens=tokens,
-        last=torch.tensor([len(ids) - 1 for ids in rows]),
-        correct=answers.flatten(),
-        wrong=answers.flip(1).flatten(),
-        positive=answers[:, 0].repeat_interleave(2),
-        prompts=tuple(prompt for pair in chosen for prompt in (pair.positive, pair.negative)),
-        corrupted=tokens.view(-1, 2, tokens.shape[1]).flip(1).view_as(tokens) if aligned else None,
-    )
+    return tokens
+
+
+def _as_mask(rows: list[list[int]], n_tokens: int) -> Tensor:
+    mask = torch.zeros(len(rows), n_tokens, dtype=torch.bool)
+    for row, ids in zip(mask, rows, strict=True):
+        row[ids] = True
+    return mask
 
 
 def _side(text: str) -> Split:
@@ -318,12 +301,13 @@ def _built_in(draw: Callable[[random.Random], Pair]) -> Task:
                 yield pair
 
     description = inspect.getdoc(draw).splitlines()[0]
-    return Task(draw.__name__, description, candidates, whole_answers=draw in NAME_ANSWERS)
+    whole = draw in NAME_ANSWERS or draw in LANGUAGE_GENERATORS
+    return Task(draw.__name__, description, candidates, whole_answers=whole)
 
 
 def _file_task(path: Path) -> Task:
-    pairs = _read_pairs(path)
-    groups = _groups(pairs)
+    pairs = read_pairs(path)
+    groups = linked_groups(pairs)
 
     def candidates(split: Split, rng: random.Random) -> Iterator[Pair]:
         mine = [pair for pair, group in zip(pairs, groups, strict=True) if _side(group) == split]
@@ -332,51 +316,4 @@ def _file_task(path: Path) -> Task:
     return Task(path.stem, f"pairs from {path}", candidates, whole_answers=True, from_file=True)
 
 
-def _groups(pairs: list[Pair]) -> list[str]:
-    """For each pair, the first in order of all prompts that are linked with it by shared prompts.
-
-    Pairs that share a prompt must fall on the same side of the split, and none of a user's is dropped for it.
-    """
-    parent: dict[str, str] = {}
-
-    def find(prompt: str) -> str:
-        while parent.setdefault(prompt, prompt) != prompt:
-            prompt = parent[prompt]
-        return prompt
-
-    for pair in pairs:
-        low, high = sorted((find(pair.positive), find(pair.negative)))
-        parent[high] = low
-    return [find(pair.positive) for pair in pairs]
-
-
-def _read_pairs(path: Path) -> list[Pair]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"a task file must be readable UTF-8 text, got {error} for {path}") from error
-    pairs = [_read_pair(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not pairs:
-        raise TaskError(f"{path} must hold one pair a line, got an empty file; {FORMAT}")
-    return pairs
-
-
-def _read_pair(line: str, where: str) -> Pair:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{where} must be a JSON object on one line, got {line[:40]!r} ({error}); {FORMAT}") from error
-    if not isinstance(row, dict):
-        raise TaskError(f"{where} must be a JSON object, got {line[:40]!r}; {FORMAT}")
-    problems = [f"no {key}" for key in KEYS if key not in row]
-    problems += [f"an unknown key {key}" for key in row if key not in KEYS]
-    problems += [f"{key} {text!r}" for key, text in row.items() if not (isinstance(text, str) and text)]
-    if problems:
-        raise TaskError(f"{where} must hold four texts that are not empty, got {', '.join(problems)}; {FORMAT}")
-    pair = Pair(**row)
-    if pair.positive == pair.negative or pair.positive_answer == pair.negative_answer:
-        raise TaskError(f"{where} must hold two prompts and two answers that differ, got the same text twice")
-    return pair
-
-
-TASKS: dict[str, Task] = {draw.__name__: _built_in(draw) for draw in GENERATORS}
+TASKS: dict[str, Task] = {draw.__name__: _built_in(draw) for draw in (*GENERATORS, *LANGUAGE_GENERATORS)}

@@ -83,6 +83,19 @@ def parts(
         yield rows, data.take(rows.tolist()), places[rows]
 
 
+def right_and_wrong(logits: Tensor, data: TaskData) -> tuple[Tensor, Tensor]:
+    """Logits (N,) of the right and of the wrong answers, from logits (N, V) after each prompt.
+
+    Of a set of answers it is the logsumexp, so that the difference of the two is the log-odds of right against wrong.
+    """
+    if data.correct_set is None or data.wrong_set is None:
+        rows = torch.arange(len(data), device=logits.device)
+        return logits[rows, data.correct], logits[rows, data.wrong]
+    logits = logits[:, : data.correct_set.shape[1]]  # a model may have logits past its tokenizer's last token
+    right, wrong = (logits.masked_fill(~answers, -torch.inf) for answers in (data.correct_set, data.wrong_set))
+    return right.logsumexp(1), wrong.logsumexp(1)
+
+
 def task_losses(difference: Tensor) -> Tensor:
     """Binary cross-entropy of each prompt (N,) from the logit difference right - wrong; chance is ln 2.
 
@@ -122,8 +135,8 @@ def kl_divergence(full: Tensor, ablated: Tensor) -> float:
 
 
 def _difference(logits: Tensor, data: TaskData) -> Tensor:
-    rows = torch.arange(len(data), device=logits.device)
-    return logits[rows, data.correct] - logits[rows, data.wrong]
+    right, wrong = right_and_wrong(logits, data)
+    return right - wrong
 
 
 def _side(data: TaskData) -> Tensor:

@@ -155,7 +155,7 @@ def score_tasks(
                 for split in ("train", "heldout")
             )
         except TaskError as error:
-            yield TaskScore(name, None, reason=str(error))
+            yield TaskScore(name, None, reason=error.reason)
             continue
         examples = [(p, tokenizer.decode([int(t)])) for p, t in zip(heldout.prompts[:2], heldout.correct, strict=False)]
         logits = full_model_logits(model, heldout)

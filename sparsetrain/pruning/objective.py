@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sparsetrain.pruning.evaluate import Calibration, task_losses
+from sparsetrain.pruning.evaluate import Calibration, right_and_wrong, task_losses
 from sparsetrain.tasks import TaskData
 
 
@@ -36,8 +36,17 @@ Metric = Callable[[Tensor, TaskData, Extremes], Tensor]  # outputs -> (N,)
 
 
 def logit_difference(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
-    """Logit of the right answer minus that of the wrong one."""
+    """Logit of the right answer minus that of the wrong one; of sets of answers, their log-odds."""
     return Calibration()(outputs, data)
+
+
+def probability_difference(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
+    """Probability of the right answers minus that of the wrong ones, over the whole vocabulary.
+
+    Source: Hanna et al. 2023, for greater-than.
+    """
+    right, wrong = right_and_wrong(outputs.log_softmax(-1), data)
+    return right.exp() - wrong.exp()
 
 
 def task_loss(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
@@ -79,4 +88,6 @@ def refuse_if_flat(metric: Metric, data: TaskData, extremes: Extremes | LateExtr
         )
 
 
-METRICS: dict[str, Metric] = {f.__name__: f for f in (logit_difference, task_loss, kl, squared_error, projection)}
+METRICS: dict[str, Metric] = {
+    f.__name__: f for f in (logit_difference, probability_difference, task_loss, kl, squared_error, projection)
+}
