@@ -130,7 +130,7 @@ def save_checkpoint(
         save_sparse(folder / "optimizer.safetensors", _moments(model, optimizer))
         hashes = {f.name: file_hash(f) for f in sorted(folder.glob("*.safetensors"))}
         (folder / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
-    for old in _checkpoints(run_dir)[:-keep]:
+    for old in checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old)
     return target
 
@@ -169,7 +169,7 @@ def restore(folder: Path, model: Transformer, optimizer: torch.optim.Adam) -> No
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run, or None."""
-    found = _checkpoints(run_dir)
+    found = checkpoints(run_dir)
     return found[-1] if found else None
 
 
@@ -188,19 +188,22 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> tuple[Transform
     return load_run(run, device)[:2]
 
 
-def load_run(run: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer, RunConfig]:
+def load_run(
+    run: str | Path, device: str | torch.device = "cpu", at: Path | None = None
+) -> tuple[Transformer, Tokenizer, RunConfig]:
     """Load a run's model (the finished one, or else its newest checkpoint), tokenizer and config.
 
     Args:
         run: a run directory, or a `model` folder copied out of one.
         device: where the weights go.
+        at: one of the run's checkpoints, in place of its model.
 
     Raises:
         CheckpointError: it is no run directory, holds no model yet, is damaged, or its tokenizer was exchanged.
     """
     run = Path(run)
     root = run / "model" if (run / "model").is_dir() else run
-    weights = root / "model.safetensors"
+    weights = (at or root) / "model.safetensors"
     if not weights.exists():
         newest = latest_checkpoint(run)
         if newest is None:
@@ -265,7 +268,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _checkpoints(run_dir: Path) -> list[Path]:
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run that were kept, oldest first."""
     return sorted((run_dir / "checkpoints").glob("step_*"))
 
 

@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--task", required=True, help="a built-in task, or a JSON-lines file")
     made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     made.add_argument("--method", default="node_masks", help="how circuits are found (default node_masks)")
+    made.add_argument("--over-training", action="store_true", help="prune every kept checkpoint; draw when it forms")
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
     made = add(
@@ -160,6 +161,8 @@ def _prune(options: argparse.Namespace) -> None:
     if options.print_config:
         print(config_to_yaml(config), end="")
         return
+    if options.over_training:
+        return _over_training(options, config)
     from sparsetrain.analysis.circuit_page import write_page
     from sparsetrain.analysis.readings import cautions
     from sparsetrain.pruning.prune import Unreached, prune
@@ -175,6 +178,15 @@ def _prune(options: argparse.Namespace) -> None:
     for caution in cautions(found.measures):
         print(f"  - {caution}")
     print(f"page: {write_page(options.run, folder)}")
+
+
+def _over_training(options: argparse.Namespace, config: PruneConfig) -> None:
+    from sparsetrain.analysis.formation_page import write_formation_page
+    from sparsetrain.pruning.formation import over_training
+
+    file = over_training(options.run, options.task, config, options.method, _device(options))
+    print(file.read_text(), end="")
+    print(f"page: {write_formation_page(file)}")
 
 
 def _device(options: argparse.Namespace):

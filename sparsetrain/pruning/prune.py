@@ -68,7 +68,12 @@ class Unreached:
 
 
 def prune(
-    run: str | Path, task: str, config: PruneConfig, method: str = "node_masks", device: str = "cpu"
+    run: str | Path,
+    task: str,
+    config: PruneConfig,
+    method: str = "node_masks",
+    device: str = "cpu",
+    at: Path | None = None,
 ) -> Circuit | Unreached:
     """Find, measure and save the circuit of a task.
 
@@ -78,9 +83,10 @@ def prune(
         config: see PruneConfig.
         method: one of METHODS.
         device: where to compute.
+        at: a checkpoint of the run, in place of its model.
 
     Returns:
-        The circuit, saved under `run`/circuits/<task>/<name or method>/, or Unreached, saved there as unreached.json.
+        The circuit, saved in its `circuit_folder`, or Unreached, saved there as unreached.json.
 
     Raises:
         ConfigError: the method is unknown, or the settings do not suit the model.
@@ -92,7 +98,7 @@ def prune(
     run = Path(run)
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    model, tokenizer, run_config = checkpoint.load_run(run, device)
+    model, tokenizer, run_config = checkpoint.load_run(run, device, at)
     model.requires_grad_(False)
     chosen = load_task(task)
     train, heldout = (
@@ -108,9 +114,12 @@ def prune(
     ablation = build_ablation(space.read, config.ablation, corpus, train)
     problem = Problem(space, train, ablation, config)
     cut, ranking, used = find(problem, METHODS[method])
-    folder = run / "circuits" / chosen.name / (config.name or method)
+    folder = circuit_folder(run, chosen.name, config.name or method, at)
     if not cut.reached:
-        return _unreached(run, folder, problem, heldout, cut)
+        answer = _unreached(chosen.name, folder, problem, heldout, cut)
+        if at is None:
+            _summarise(run, {"task": answer.task, **dataclasses.asdict(answer)})
+        return answer
     log.info("measuring %d %s on held-out prompts", n_units(cut.kept), space.units)
     measures = measure(problem, heldout, cut)
     if config.nonsense:
@@ -124,8 +133,15 @@ def prune(
         cut.calibration, ranking, effects, measures, settings,
     )  # fmt: skip
     save_circuit(folder, circuit)
-    _summarise(run, {"task": circuit.task, "method": method, **circuit.measures})
+    if at is None:
+        _summarise(run, {"task": circuit.task, "method": method, **circuit.measures})
     return circuit
+
+
+def circuit_folder(run: Path, task: str, name: str, at: Path | None = None) -> Path:
+    """Where a circuit of a run is kept, or that of one of its checkpoints."""
+    folder = run / "circuits" / task
+    return folder / name if at is None else folder / f"{name}-checkpoints" / at.name
 
 
 def make_space(model: Transformer, config: PruneConfig, method: str) -> Space:
@@ -170,15 +186,14 @@ def corpus_tokens(run: Path, config: RunConfig, n_tokens: int, device: torch.dev
     return [x.to(device) for x, _ in evaluation_batches(tokens, -(-n_windows // 32), 32, config.model.n_ctx)]
 
 
-def _unreached(run: Path, folder: Path, problem: Problem, heldout: TaskData, cut: Cut) -> Unreached:
+def _unreached(task: str, folder: Path, problem: Problem, heldout: TaskData, cut: Cut) -> Unreached:
     config, model = problem.config, problem.space.model
     full_logits = full_model_logits(model, heldout)
     calibration = calibrate(full_model_logits(model, problem.data), problem.data)
     full_loss = task_score(full_logits, heldout, calibration)[0]
-    answer = Unreached(folder.parent.name, cut.loss, config.target_loss, full_loss, _why(cut, full_loss, config))
+    answer = Unreached(task, cut.loss, config.target_loss, full_loss, _why(cut, full_loss, config))
     folder.mkdir(parents=True, exist_ok=True)  # a circuit found earlier, with other settings, stays
     write_json(folder / "unreached.json", dataclasses.asdict(answer))
-    _summarise(run, {"task": answer.task, **dataclasses.asdict(answer)})
     return answer
 
 
