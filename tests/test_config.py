@@ -41,7 +41,7 @@ def test_yaml_and_dict_read_back_to_the_same_config(kind, tmp_path):
         (["model.d_modle=3"], "unknown key model.d_modle = 3; did you mean model.d_model?"),
         (["d_model=3"], "unknown key d_model = 3; did you mean model.d_model?"),
         (["optim.lr=abc"], "optim.lr must be float, got 'abc'"),
-        (["model.activation=silu"], "model.activation must be gelu|relu, got 'silu'"),
+        (["model.activation=silu"], "model.activation must be gelu|gelu_tanh|relu, got 'silu'"),
         (["model.d_head=0"], "model.d_head must be at least 1, got 0"),
         (["model.abs_topk.q=1.5"], "model.abs_topk.q must be in [0, 1], got 1.5"),
         (["model.d_model=100"], "model.d_model must be a multiple of model.d_head = 16, got 100"),
