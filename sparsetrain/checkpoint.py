@@ -110,6 +110,8 @@ def fill(model: Transformer, tensors: Mapping[str, Tensor], source: Path) -> Non
 def build(options: ModelOptions, tensors: Mapping[str, Tensor], source: Path) -> Transformer:
     """A model that consists of these weights: none are drawn first, and nothing is copied.
 
+    Those that a file holds dense stay in it until they are read; what is written to the model does not get there.
+
     Its vocabulary is as large as the embedding, which may have rows that no token of the tokenizer needs.
 
     Raises:

@@ -109,6 +109,7 @@ def test_a_name_is_looked_up_on_the_hub(theirs, tmp_path, monkeypatch):
 def test_a_run_has_a_dense_config_and_refuses_what_reads_a_corpus(theirs, tmp_path, tokenizer):
     run = import_gpt2(tmp_path / "theirs", tmp_path / "run")
     assert sorted(file.name for file in run.iterdir()) == ["config.yaml", "model.safetensors", "tokenizer.json"]
+    assert checkpoint.read_notes(run / "model.safetensors")["imported_from"] == str(tmp_path / "theirs")
     model, read, config = checkpoint.load_run(run)
     assert read.get_vocab() == tokenizer.get_vocab() and config.run_dir == run
     assert not model.options.bigram and not model.options.sink and config.sparsity.density == 1

@@ -77,7 +77,8 @@ def import_gpt2(source: str | Path, run_dir: str | Path) -> Path:
     with whole_folder(run_dir) as folder:
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         (folder / "config.yaml").write_text(config_to_yaml(config))
-        save_sparse(folder / "model.safetensors", model.state_dict(), tokenizer=file_hash(folder / "tokenizer.json"))
+        notes = {"tokenizer": file_hash(folder / "tokenizer.json"), "imported_from": str(source)}
+        save_sparse(folder / "model.safetensors", model.state_dict(), **notes)
     return run_dir
 
 
