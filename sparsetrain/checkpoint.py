@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sparsetrain.config import RunConfig, load_config
+from sparsetrain.config import ModelOptions, RunConfig, load_config
 from sparsetrain.data import Corpus, file_hash, prepare
 from sparsetrain.kernels.sparse_weight import SparseWeight
 from sparsetrain.linear import Linear
@@ -50,8 +50,8 @@ def save_sparse(path: Path, tensors: Mapping[str, Tensor | SparseWeight], **note
     for name, tensor in tensors.items():
         tensor = (tensor.to_dense() if isinstance(tensor, SparseWeight) else tensor).detach().cpu().contiguous()
         flat = tensor.flatten()
-        indices = flat.nonzero().squeeze(-1)
-        if tensor.is_floating_point() and 2 * len(indices) < len(flat) < 2**31:
+        if tensor.is_floating_point() and 2 * int(flat.count_nonzero()) < len(flat) < 2**31:
+            indices = flat.nonzero().squeeze(-1)
             stored[f"{name}.values"], stored[f"{name}.indices"] = flat[indices], indices.int()
             shapes[name] = list(tensor.shape)
         else:
@@ -103,6 +103,28 @@ def fill(model: Transformer, tensors: Mapping[str, Tensor], source: Path) -> Non
     Raises:
         CheckpointError: names or shapes differ; every difference is listed.
     """
+    _check_fit(model, tensors, source)
+    model.load_state_dict(dict(tensors))
+
+
+def build(options: ModelOptions, tensors: Mapping[str, Tensor], source: Path) -> Transformer:
+    """A model that consists of these weights: none are drawn first, and nothing is copied.
+
+    Those that a file holds dense stay in it until they are read; what is written to the model does not get there.
+
+    Its vocabulary is as large as the embedding, which may have rows that no token of the tokenizer needs.
+
+    Raises:
+        CheckpointError: names or shapes differ; every difference is listed.
+    """
+    with torch.device("meta"):
+        model = Transformer(options, len(tensors.get("embed.weight", "?")))
+    _check_fit(model, tensors, source)
+    model.load_state_dict(dict(tensors), assign=True)
+    return model
+
+
+def _check_fit(model: Transformer, tensors: Mapping[str, Tensor], source: Path) -> None:
     ours = model.state_dict()
     differences = [f"{name} is missing there" for name in ours if name not in tensors]
     differences += [f"{name} is unknown here" for name in tensors if name not in ours]
@@ -113,7 +135,6 @@ def fill(model: Transformer, tensors: Mapping[str, Tensor], source: Path) -> Non
     ]
     if differences:
         raise CheckpointError(f"{source} does not fit this model:\n  " + "\n  ".join(differences))
-    model.load_state_dict(dict(tensors))
 
 
 def save_checkpoint(
@@ -216,8 +237,7 @@ def load_run(
         raise CheckpointError(f"{root}/tokenizer.json is not the one {weights} was trained with; bring it back")
     config = load_config(RunConfig, [str(root / "config.yaml")])
     tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
-    model = Transformer(config.model, tokenizer.get_vocab_size()).to(device)
-    fill(model, load_sparse(weights, device), weights)
+    model = build(config.model, load_sparse(weights, device), weights)
     return model.eval(), tokenizer, config
 
 

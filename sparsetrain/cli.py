@@ -68,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("config", nargs="*", metavar="FILE.yaml | key=value")
         made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
+    made = add("import", _import, "Make a run directory of a GPT-2 model of Hugging Face, to prune it.")
+    made.add_argument("source", help="a folder with config.json, tokenizer.json and safetensors, or a name on the hub")
+    made.add_argument("run", help="the run directory to write")
+
     made = add("tasks", _tasks, "Print, for every task, how well a run's full model does it on held-out prompts.")
     made.add_argument("run", help="a run directory")
     made.add_argument("--pairs", type=int, default=64, help="prompt pairs per task (default 64)")
@@ -132,6 +136,12 @@ def _prepare(options: argparse.Namespace) -> None:
 
     corpus = prepare(config.data)
     print(f"{corpus.folder}: {corpus.manifest['tokens']} tokens")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from sparsetrain.interop.huggingface import import_gpt2
+
+    print(f"run directory: {import_gpt2(options.source, options.run)}")
 
 
 def _tasks(options: argparse.Namespace) -> None:

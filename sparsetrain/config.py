@@ -41,8 +41,10 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    source: Literal["stdlib", "text", "json", "parquet", "hub"] = option(
-        "stdlib", "stdlib: Python source of this interpreter's standard library; hub: a Hugging Face data set"
+    source: Literal["stdlib", "text", "json", "parquet", "hub", "none"] = option(
+        "stdlib",
+        "stdlib: Python source of this interpreter's standard library; hub: a Hugging Face data set; none: no corpus, "
+        "as a model that was imported",
     )
     paths: list[str] = option([], "files, globs, or folders (.txt .md .py .rst; .json .jsonl; .parquet)")
     hub: str | None = option(None, "name of a Hugging Face data set, read as a stream")

@@ -71,8 +71,14 @@ def prepare(options: DataOptions) -> Corpus:
         token counts and the tokenizer's hash.
 
     Raises:
-        DataError: nothing readable was found, a side of the split is empty, or the tokenizer does not fit.
+        DataError: there is no corpus, nothing readable was found, a side of the split is empty, or the tokenizer does
+            not fit.
     """
+    if options.source == "none":
+        raise DataError(
+            "data.source must name a corpus, got none, as an imported model has; take an ablation of the task's "
+            "prompts (mean_task, mean_position, zero, corrupted), or name a corpus in the run's config.yaml"
+        )
     files, skipped = _screen(options)
     identity = {
         "options": {k: v for k, v in asdict(options).items() if k not in ("cache", "paths", "tokenizer")},

@@ -62,6 +62,18 @@ def test_load_gives_the_trained_model_from_the_run_or_a_copied_folder(tiny_run, 
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_what_is_written_to_a_loaded_model_stays_out_of_its_file(tiny_run):
+    model, _ = sparsetrain.load(tiny_run)
+    before = (tiny_run / "model" / "model.safetensors").read_bytes()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    assert (tiny_run / "model" / "model.safetensors").read_bytes() == before
+    again, _ = sparsetrain.load(tiny_run)
+    assert not (again.norm.weight == 7.0).any()
+
+
 def test_load_falls_back_on_the_newest_checkpoint(tiny_run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(tiny_run, copy)

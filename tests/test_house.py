@@ -12,7 +12,7 @@ FLOORS = [
     {"data", "model", "task_encoding", "task_files", "task_language", "task_prompts"},
     {"sparsity", "checkpoint", "tasks"},
     {"candidates", "memory", "optim", "record", "threads"},
-    {"train", "pruning", "bench"},
+    {"train", "pruning", "bench", "interop"},
     {"analysis"},
     {"cli"},
     {"__main__", "__init__"},
