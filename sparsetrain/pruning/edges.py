@@ -4,15 +4,17 @@ An edge set has for each group of targets a tensor (n_targets, n_sources): boole
 gradients flow to, or a score. Where `graph.edges` is false there is no edge, whatever a set holds there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from sparsetrain.model import Transformer
-from sparsetrain.pruning.ablation import Ablation
-from sparsetrain.pruning.evaluate import in_batches, logits_at_answers
+from sparsetrain.pruning.ablation import BATCH, Ablation
+from sparsetrain.pruning.evaluate import in_batches, logits_at_answers, parts
+from sparsetrain.pruning.objective import Extremes, Metric
 from sparsetrain.tasks import TaskData
 
 EdgeSet = dict[str, Tensor]
@@ -55,6 +57,15 @@ class EdgeGraph(Protocol):
     def connected(self, edges: EdgeSet) -> EdgeSet:
         """The edges that lie on a path from the embedding to the logits within `edges`."""
         ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of similar length, ready to be run with other gates again and again."""
+
+    data: TaskData  # trimmed
+    replacements: Mapping[str, Tensor]
+    extremes: Extremes
 
 
 def like(graph: EdgeGraph, value: float) -> EdgeSet:
@@ -113,8 +124,7 @@ def answer_logits(
 ) -> Tensor:
     """Logits (N, V) after each prompt (N, P, V where it is read at P positions) with gated edges; differentiable."""
     data = data.trimmed()
-    replacements = ablation.replacements(graph.read, data, places)
-    return logits_at_answers(graph.model, graph.final_resid(data.tokens, gates, replacements, inputs_at), data)
+    return gated_logits(graph, data, gates, ablation.replacements(graph.read, data, places), inputs_at)
 
 
 @torch.no_grad()
@@ -122,3 +132,30 @@ def all_answer_logits(graph: EdgeGraph, data: TaskData, edges: EdgeSet, ablation
     """Logits after each prompt of the circuit that these edges are, a batch of similar lengths at a time."""
     gates = as_gates(edges)
     return in_batches(lambda part, places: answer_logits(graph, part, gates, ablation, places), data, ablation, seed)
+
+
+def batches(graph: EdgeGraph, data: TaskData, ablation: Ablation, size: int = BATCH, seed: int = 0) -> Iterator[Batch]:
+    """The prompts, `size` of similar lengths at a time, with what replaces their activations and their extremes."""
+    for _, part, places in parts(data, ablation, seed, size):
+        part = part.trimmed()
+        with torch.no_grad():
+            replacements = ablation.replacements(graph.read, part, places)
+            ends = Extremes(
+                *(gated_logits(graph, part, like(graph, gate), replacements) for gate in (1.0, 0.0)),
+            )
+        yield Batch(part, replacements, ends)
+
+
+def gated_logits(
+    graph: EdgeGraph, data: TaskData, gates: EdgeSet, replacements: Mapping[str, Tensor], inputs_at: float = 1.0
+) -> Tensor:
+    """`answer_logits` of trimmed prompts whose replacements are known."""
+    return logits_at_answers(graph.model, graph.final_resid(data.tokens, gates, replacements, inputs_at), data)
+
+
+@torch.no_grad()
+def mean_metric(graph: EdgeGraph, prompts: Sequence[Batch], edges: EdgeSet, metric: Metric) -> float:
+    """The metric of the circuit that these edges are, a mean over prompts."""
+    gates = as_gates(edges)
+    values = [metric(gated_logits(graph, b.data, gates, b.replacements), b.data, b.extremes) for b in prompts]
+    return torch.cat(values).double().mean().item()

@@ -1,6 +1,6 @@
 """Run a model with some nodes ablated, and measure how well a task is done and how far that is from the full model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,10 +70,17 @@ def all_answer_logits(model: Transformer, data: TaskData, masks: NodeSet, ablati
 
 def in_batches(run: Callable[[TaskData, Tensor], Tensor], data: TaskData, ablation: Ablation, seed: int) -> Tensor:
     """What `run` gives for each prompt, from its prompts and their places in the ablation's bank, BATCH at a time."""
+    rows, results = zip(*((rows, run(part, places)) for rows, part, places in parts(data, ablation, seed)), strict=True)
+    return torch.cat(results)[torch.cat(rows).argsort()]
+
+
+def parts(
+    data: TaskData, ablation: Ablation, seed: int, size: int = BATCH
+) -> Iterator[tuple[Tensor, TaskData, Tensor]]:
+    """Row numbers, prompts and places in the ablation's bank, `size` prompts of similar lengths at a time."""
     places = draw_places(ablation, data.tokens, torch.Generator().manual_seed(seed))
-    order = data.end.argsort(stable=True)
-    parts = [run(data.take(rows.tolist()), places[rows]) for rows in order.split(BATCH)]
-    return torch.cat(parts)[order.argsort()]
+    for rows in data.end.argsort(stable=True).split(size):
+        yield rows, data.take(rows.tolist()), places[rows]
 
 
 def task_losses(difference: Tensor) -> Tensor:
