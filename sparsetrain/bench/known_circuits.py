@@ -19,12 +19,13 @@ from sparsetrain.model import Transformer
 from sparsetrain.pruning.ablation import Ablation, AblationKind, build_ablation
 from sparsetrain.pruning.channel_edges import ChannelGraph
 from sparsetrain.pruning.component_graph import ComponentGraph
-from sparsetrain.pruning.edges import EdgeGraph, EdgeSet, all_answer_logits, edge_names, n_edges
+from sparsetrain.pruning.edges import Batch, EdgeGraph, EdgeSet, as_gates, batches, edge_names, gated_logits, n_edges
 from sparsetrain.tasks import TaskData
 
 PROGRAMS = Path(__file__).parent / "programs"
 KINDS: tuple[AblationKind, ...] = ("zero", "corrupted")
 TOLERANCE = 1e-3  # greatest change of an output that counts as none
+MOST_PROMPTS = 256  # in one forward pass
 
 
 @dataclass(frozen=True)
@@ -98,29 +99,28 @@ def expected_outputs(path: Path) -> tuple[Tensor, Tensor]:
 def by_removal(graph: EdgeGraph, data: TaskData, kind: AblationKind) -> KnownCircuit:
     """The circuit as it is defined: the edges whose removal, one at a time, changes an output."""
     ablation = build_ablation(graph.read, kind, [], data)
-    edges = necessary_edges(graph, data, ablation)
-    return KnownCircuit(data.name, graph, data, ablation, edges, change(graph, data, ablation, edges))
+    prompts = list(batches(graph, data, ablation, MOST_PROMPTS))
+    edges = necessary_edges(graph, prompts)
+    return KnownCircuit(data.name, graph, data, ablation, edges, change(graph, prompts, edges))
 
 
-def necessary_edges(graph: EdgeGraph, data: TaskData, ablation: Ablation) -> EdgeSet:
+def necessary_edges(graph: EdgeGraph, prompts: Sequence[Batch]) -> EdgeSet:
     """The edges that change an output when they alone are cut from the whole graph."""
-    full = all_answer_logits(graph, data, graph.edges, ablation)
     found = {group: torch.zeros_like(there) for group, there in graph.edges.items()}
     for group, there in graph.edges.items():
         for i, j in there.nonzero().tolist():
             fewer = {**graph.edges, group: there.clone()}
             fewer[group][i, j] = False
-            found[group][i, j] = change(graph, data, ablation, fewer, full) > TOLERANCE
+            found[group][i, j] = change(graph, prompts, fewer) > TOLERANCE
     return found
 
 
-def change(
-    graph: EdgeGraph, data: TaskData, ablation: Ablation, edges: EdgeSet, full: Tensor | None = None
-) -> float:
-    """The greatest change of an output when only these edges are left; `full` are the outputs with all of them."""
-    if full is None:
-        full = all_answer_logits(graph, data, graph.edges, ablation)
-    return (all_answer_logits(graph, data, edges, ablation) - full).abs().max().item()
+@torch.no_grad()
+def change(graph: EdgeGraph, prompts: Sequence[Batch], edges: EdgeSet) -> float:
+    """The greatest change of an output of the model when only these edges are left."""
+    gates = as_gates(edges)
+    outputs = (gated_logits(graph, b.data, gates, b.replacements) - b.extremes.full for b in prompts)
+    return max(difference.abs().max().item() for difference in outputs)
 
 
 def named_edges(graph: EdgeGraph, pairs: Sequence[tuple[str, str]]) -> EdgeSet:
@@ -152,4 +152,5 @@ def _gate(name: str) -> KnownCircuit:
     both = named_edges(graph, branches[0] + branches[1])
     assert n_edges(both) == 5
     alternatives = tuple(named_edges(graph, branch) for branch in branches) if name == "or" else ()
-    return KnownCircuit(name, graph, data, ablation, both, change(graph, data, ablation, both), alternatives)
+    error = change(graph, list(batches(graph, data, ablation)), both)
+    return KnownCircuit(name, graph, data, ablation, both, error, alternatives)
