@@ -196,6 +196,20 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class AttributionOptions:
+    """How edges are scored by gradients; steps are the published ones."""
+
+    estimator: Literal["eap", "eap_ig_inputs", "eap_ig_activations", "gates", "gates_checked", "exact"] = option(
+        "gates_checked", "gates: gradients integrated over the edges' gates; gates_checked: the best then patched"
+    )
+    ig_steps: int = option(5, "points between a replacement and an activation, of eap_ig_*", "runs", low=1)
+    gate_points: int = option(11, "points of the integral over the gates", "runs", low=1)
+    check_runs: int = option(32, "what gates_checked spends on patching, in runs of all prompts", "runs", low=1)
+    batch_prompts: int = option(32, "prompts in one forward pass", "prompts", low=1)
+    seed: int = option(0, "seed of resampled replacements and of the prompts that are patched", low=0)
+
+
+@dataclass(frozen=True)
 class PruneConfig:
     """One search for the circuit of a task; defaults are the centres of Gao et al. 2025, Table 2, where it has one."""
 
