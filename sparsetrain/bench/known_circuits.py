@@ -4,7 +4,7 @@ Which edges those are depends on what replaces an edge that is cut, so a circuit
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,22 +50,24 @@ class KnownCircuit:
     alternatives: tuple[EdgeSet, ...] = ()
 
 
-def known_circuits(programs: Iterable[Path], made: bool = True) -> list[KnownCircuit]:
+def known_circuits(
+    programs: Iterable[Path], made: bool = True, device: torch.device | str = "cpu"
+) -> Iterator[KnownCircuit]:
     """The circuits of some programs, under each ablation.
 
     Args:
         programs: files that `compile_programs` wrote.
         made: whether the gates and the sparse transformer that are made by hand are to be among them.
+        device: where their models are.
     """
-    found = []
     for path in programs:
         model, data = load_program(path)
-        graph = ComponentGraph(model, split_embedding=True)
-        found += [by_removal(graph, data, kind) for kind in KINDS]
+        graph, data = ComponentGraph(model.to(device), split_embedding=True), data.to(device)
+        yield from (by_removal(graph, data, kind) for kind in KINDS)
     if made:
-        found += [_gate(name) for name in made_circuits.GATES]
-        found += [by_removal(ChannelGraph(made_circuits.quote_model()), made_circuits.quote_data(), k) for k in KINDS]
-    return found
+        yield from (_gate(name, device) for name in made_circuits.GATES)
+        graph, data = ChannelGraph(made_circuits.quote_model().to(device)), made_circuits.quote_data().to(device)
+        yield from (by_removal(graph, data, kind) for kind in KINDS)
 
 
 def load_program(path: Path) -> tuple[Transformer, TaskData]:
@@ -130,7 +132,7 @@ def named_edges(graph: EdgeGraph, pairs: Sequence[tuple[str, str]]) -> EdgeSet:
     found = {}
     for group, there in graph.edges.items():
         targets, sources = graph.names(group)
-        found[group] = torch.tensor([[(s, t) in pairs for s in sources] for t in targets]) & there
+        found[group] = torch.tensor([[(s, t) in pairs for s in sources] for t in targets]).to(there.device) & there
     return found
 
 
@@ -144,9 +146,10 @@ def _sequences(name: str, tokens: Tensor, vocabulary: list[str]) -> TaskData:
     return TaskData(name, tokens, torch.arange(1, length).expand(n, -1), none, none, none, prompts, corrupted)
 
 
-def _gate(name: str) -> KnownCircuit:
+def _gate(name: str, device: torch.device | str) -> KnownCircuit:
     """A gate's circuit by construction: of OR, either branch is enough, and no edge of a branch is needed."""
-    graph, data = ComponentGraph(made_circuits.gate(name), split_embedding=True), made_circuits.gate_data(name)
+    graph = ComponentGraph(made_circuits.gate(name).to(device), split_embedding=True)
+    data = made_circuits.gate_data(name).to(device)
     ablation = build_ablation(graph.read, "corrupted", [], data)
     branches = [[("tokens", f"a0.h{h}<v>"), (f"a0.h{h}", "m0"), ("m0", "logits")] for h in range(2)]
     both = named_edges(graph, branches[0] + branches[1])
