@@ -95,7 +95,7 @@ def measure(device: torch.device, quick: bool, say: Callable[[str], None], progr
 def compare(
     methods: Mapping[str, Ranker], circuits: Iterable[KnownCircuit], seeds: Iterable[int], say: Callable[[str], None]
 ) -> list[dict]:
-    """A row for each method, circuit and seed; a circuit without edges, and a method that refuses a graph, give none."""
+    """A row for each method, circuit and seed; none where there is no edge to be found, or not the method's graph."""
     rows = []
     for circuit in circuits:
         size = f"{n_edges(circuit.edges)} of {n_edges(circuit.graph.edges)} edges"
@@ -123,10 +123,10 @@ def judge(circuit: KnownCircuit, prompts: list[Batch], scores: EdgeSet) -> dict:
         scores: the ranking, greater first.
 
     Returns:
-        program, ablation, graph, n_edges, n_circuit; auroc; top (the circuit's edges score above all others, strictly);
-        n_cut and n_hit (how many edges the shortest beginning of the ranking has that gives the model's outputs, and how
-        many of them are the circuit's); exact (that beginning is the circuit, or one of its alternatives; None where the
-        edges that are needed are not enough, so that there is no one circuit).
+        program, ablation, graph, n_edges, n_circuit; auroc; top: whether the circuit's edges score above all others,
+        strictly; n_cut and n_hit: how many edges the shortest beginning of the ranking has that gives the model's
+        outputs, and how many of them are the circuit's; exact: whether it is the circuit or one of its alternatives,
+        None where the edges that are needed are not enough, so that there is no one circuit.
     """
     graph, truth = circuit.graph, flat(circuit.graph, circuit.edges)
     values = flat(graph, scores)
