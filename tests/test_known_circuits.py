@@ -80,10 +80,10 @@ def test_sequences_are_read_at_every_token_and_have_another_as_partner():
 @pytest.mark.parametrize("name", COUNTS)
 def test_circuits_have_the_published_numbers_of_edges_and_are_enough(name):
     model, data = known_circuits.load_program(program(name))
+    data = data.take(slice(None, None, -(-len(data) // 81)))  # fewer where there are many, to save time
     for split, counts in zip((True, False), COUNTS[name], strict=True):
         graph = ComponentGraph(model, split_embedding=split)
-        some = data if split else data.take(slice(None, None, 5))
-        found = [known_circuits.by_removal(graph, some, kind) for kind in ("zero", "corrupted")]
+        found = [known_circuits.by_removal(graph, data, kind) for kind in ("zero", "corrupted")]
         assert (n_edges(graph.edges), *(n_edges(circuit.edges) for circuit in found)) == counts
         assert all(circuit.error < 1e-4 for circuit in found)
         if name == "reverse" and split:
