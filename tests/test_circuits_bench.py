@@ -85,13 +85,6 @@ def test_the_cut_is_the_shortest_and_leaves_no_dangling_edge(known):
     assert torch.equal(flat(circuit.graph, cut), right)
 
 
-def test_auroc_by_hand():
-    truth = torch.tensor([True, True, False, False])
-    assert circuits.auroc(torch.tensor([3.0, 1.0, 2.0, 0.0]), truth) == 0.75
-    assert circuits.auroc(torch.tensor([1.0, 1.0, 1.0, 0.0]), truth) == 0.75
-    assert circuits.auroc(torch.zeros(4), truth) == 0.5
-
-
 def test_methods_are_run_with_every_seed_and_told_apart(known):
     methods = {
         "random": circuits.random_scores,

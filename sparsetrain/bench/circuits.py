@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sparsetrain.bench.kernels import BenchError
 from sparsetrain.bench.known_circuits import PROGRAMS, TOLERANCE, KnownCircuit, change, known_circuits
-from sparsetrain.config import AttributionOptions
-from sparsetrain.pruning import attribution
+from sparsetrain.config import AcdcOptions, AttributionOptions
+from sparsetrain.pruning import acdc, attribution
 from sparsetrain.pruning.ablation import Ablation
+from sparsetrain.pruning.curves import auroc
 from sparsetrain.pruning.edges import Batch, EdgeGraph, EdgeSet, batches, flat, n_edges, top_edges, unflat
 from sparsetrain.pruning.objective import METRICS
 from sparsetrain.tasks import TaskData
@@ -36,7 +36,7 @@ def rankers() -> dict[str, Ranker]:
     by_patching = {
         name: partial(_attribution, estimator=name, metric="squared_error") for name in ("gates_checked", "exact")
     }
-    return {"random": random_scores, **by_gradient, **by_patching}
+    return {"random": random_scores, **by_gradient, **by_patching, "acdc": _acdc}
 
 
 def random_scores(graph: EdgeGraph, data: TaskData, ablation: Ablation, seed: int) -> EdgeSet:
@@ -50,6 +50,10 @@ def _attribution(
     options = AttributionOptions(estimator=estimator, seed=seed)
     scores = attribution.rank(graph, data, ablation, METRICS[metric], options)
     return {group: score.abs() for group, score in scores.items()}
+
+
+def _acdc(graph: EdgeGraph, data: TaskData, ablation: Ablation, seed: int) -> EdgeSet:
+    return acdc.rank(graph, data, ablation, METRICS["squared_error"], AcdcOptions(seed=seed))
 
 
 def program_files(place: Path | None) -> list[Path]:
@@ -136,7 +140,7 @@ def judge(circuit: KnownCircuit, prompts: list[Batch], scores: EdgeSet) -> dict:
     exact = any(torch.equal(kept, flat(graph, edges)) for edges in right)
     return {
         "program": circuit.name, "ablation": circuit.ablation.kind, "graph": graph.kind, "n_edges": len(truth),
-        "n_circuit": int(truth.sum()), "auroc": auroc(values, truth),
+        "n_circuit": int(truth.sum()), "auroc": auroc(graph, scores, circuit.edges),
         "top": bool(values[truth].min() > values[~truth].max()),
         "n_cut": int(kept.sum()), "n_hit": int((kept & truth).sum()),
         "exact": exact if circuit.error <= TOLERANCE else None,
@@ -154,15 +158,3 @@ def shortest(graph: EdgeGraph, prompts: list[Batch], scores: EdgeSet) -> EdgeSet
         kept = graph.edges
     tidy = graph.connected(kept)
     return tidy if change(graph, prompts, tidy) <= TOLERANCE else kept
-
-
-def auroc(values: Tensor, truth: Tensor) -> float:
-    """How often an edge of the circuit scores above another: the area under the ROC curve; ties count half.
-
-    Args:
-        values: (n,) scores.
-        truth: (n,) whether the edge is one of the circuit's; some are and some are not.
-    """
-    inside, outside = values[truth][:, None], values[~truth]
-    above, level = (inside > outside).double(), (inside == outside).double()
-    return (above + level / 2).mean().item()
