@@ -16,6 +16,7 @@ LEARNED = ["model.positions=learned", "model.bigram=false", "model.sink=false"]
 MODELS = {
     "sparse": ["model.positions=concat", "model.d_pos=4", "model.norm=rms"],
     "layer": ["model.norm=layer", "model.activation=gelu_tanh", *LEARNED, *DENSE],
+    "bare": ["model.norm=none", "model.activation=relu", *LEARNED, *DENSE],
     "split": ["model.norm=rms", *LEARNED, *(f"model.abs_topk.{site}=0.5" for site in TOPK)],
 }
 KINDS = ["zero", "mean_data", "mean_task", "mean_position", "resample", "corrupted"]

@@ -121,14 +121,13 @@ def component_scores(
         refuse_if_flat(metric, data, ends)
         _add(scores, sources, sites, _gradients(sites, metric(logits, data, ends)))
         return scores
-    n_runs = 0
-    for edits in path(sources):
-        n_runs += 1
+    runs = list(path(sources))
+    for edits in runs:
         with torch.enable_grad():
             sites, logits = _run(graph, data, edits)
             gradients = _gradients(sites, metric(logits, data, ends))
         _add(scores, sources, sites, gradients)
-    return {group: score / n_runs for group, score in scores.items()}
+    return {group: score / len(runs) for group, score in scores.items()}
 
 
 def _toward(start: Tensor, share: float) -> Edit:
@@ -138,12 +137,16 @@ def _toward(start: Tensor, share: float) -> Edit:
 def _run(graph: ComponentGraph, data: TaskData, edits: Edits) -> tuple[dict[str, Tensor], Tensor]:
     """The sites of a run and its logits; gradients begin at the embedding, since weights need none."""
     seen: dict[str, Tensor] = {}
-    reads = [
-        f"blocks.{l}.{s}" for l in range(len(graph.model.blocks)) for s in ("resid_pre", "resid_mid", *"qkv", "mlp_in")
-    ]
+    blocks = range(len(graph.model.blocks))
+    reads = [f"blocks.{l}.{s}" for l in blocks for s in ("resid_pre", "resid_mid", "q", "k", "v", "mlp_in")]
     move = edits.get("embed", lambda x: x)
-    leaf = {"embed": lambda x: move(x).detach().requires_grad_(torch.is_grad_enabled())}
-    visit = graph.model.visitor(seen, [*graph.write_sites, *reads, "final_resid"], {**edits, **leaf})
+    edits = {
+        **edits,
+        "embed": lambda x: move(x).detach().requires_grad_(torch.is_grad_enabled()),
+        # Without a norm it is the residual stream itself, whose gradient is not only the MLP's.
+        **{f"blocks.{l}.mlp_in": lambda x: x.view_as(x) for l in blocks},
+    }
+    visit = graph.model.visitor(seen, [*graph.write_sites, *reads, "final_resid"], edits)
     return seen, logits_at_answers(graph.model, graph.model.final_resid(data.tokens, visit), data)
 
 

@@ -81,10 +81,9 @@ def refuse_if_flat(metric: Metric, data: TaskData, extremes: Extremes | LateExtr
         value = metric(outputs, data, LateExtremes(extremes.full.double(), lambda: extremes.empty.double())).sum()
         (slope,) = torch.autograd.grad(value, outputs)
     if slope.abs().max() < 1e-12:
-        name = getattr(metric, "__name__", "this")
         raise ValueError(
-            f"the metric of eap must have a gradient at the full model, got {name}, which is flat there; take "
-            "logit_difference, task_loss or projection, or the estimator eap_ig_inputs, gates or exact"
+            f"the metric of eap must have a gradient at the full model, got zero from {metric.__name__}; take "
+            "logit_difference, task_loss or projection, or the estimator eap_ig_inputs, gates, gates_checked or exact"
         )
 
 

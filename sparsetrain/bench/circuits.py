@@ -1,0 +1,160 @@
+"""Holds the methods that rank edges to circuits that are known: how often each finds them, and how long it takes."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sparsetrain.bench.kernels import BenchError
+from sparsetrain.bench.known_circuits import PROGRAMS, TOLERANCE, KnownCircuit, change, known_circuits
+from sparsetrain.config import AcdcOptions, AttributionOptions
+from sparsetrain.pruning import acdc, attribution
+from sparsetrain.pruning.ablation import Ablation
+from sparsetrain.pruning.curves import auroc
+from sparsetrain.pruning.edges import Batch, EdgeGraph, EdgeSet, batches, flat, n_edges, top_edges, unflat
+from sparsetrain.pruning.objective import METRICS
+from sparsetrain.tasks import TaskData
+
+SEEDS = (0, 1, 2)
+QUICK = ("hist", "xproportion")
+
+# A method as it is asked here: (graph, data, ablation, seed) -> scores, the greater the more an edge matters.
+Ranker = Callable[[EdgeGraph, TaskData, Ablation, int], EdgeSet]
+
+
+def rankers() -> dict[str, Ranker]:
+    """The methods with their published defaults, and a random ranking.
+
+    A single gradient is taken of what is linear in the outputs, since the distance from the full model's is flat there.
+    """
+    by_gradient = {
+        name: partial(_attribution, estimator=name, metric="projection")
+        for name in ("eap", "eap_ig_inputs", "eap_ig_activations", "gates")
+    }
+    by_patching = {
+        name: partial(_attribution, estimator=name, metric="squared_error") for name in ("gates_checked", "exact")
+    }
+    return {"random": random_scores, **by_gradient, **by_patching, "acdc": _acdc}
+
+
+def random_scores(graph: EdgeGraph, data: TaskData, ablation: Ablation, seed: int) -> EdgeSet:
+    """What a ranking is worth that knows nothing."""
+    return unflat(graph, torch.rand(n_edges(graph.edges), generator=torch.Generator().manual_seed(seed)))
+
+
+def _attribution(
+    graph: EdgeGraph, data: TaskData, ablation: Ablation, seed: int, estimator: str, metric: str
+) -> EdgeSet:
+    options = AttributionOptions(estimator=estimator, seed=seed)
+    scores = attribution.rank(graph, data, ablation, METRICS[metric], options)
+    return {group: score.abs() for group, score in scores.items()}
+
+
+def _acdc(graph: EdgeGraph, data: TaskData, ablation: Ablation, seed: int) -> EdgeSet:
+    return acdc.rank(graph, data, ablation, METRICS["squared_error"], AcdcOptions(seed=seed))
+
+
+def program_files(place: Path | None) -> list[Path]:
+    """The files of the programs to be run.
+
+    Args:
+        place: None for those of the benchmark; else a program's file, a folder of such, or a Python file of programs in
+            RASP, which are compiled beside it.
+
+    Raises:
+        BenchError: there is no program.
+    """
+    if place is not None and place.suffix == ".py":
+        from sparsetrain.bench.compile_programs import compile_file
+
+        return compile_file(place, place.parent)
+    place = place or PROGRAMS
+    found = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    if not found:
+        raise BenchError(f"--programs must be a .py file of programs, a compiled one, or a folder of such, got {place}")
+    return found
+
+
+def measure(device: torch.device, quick: bool, say: Callable[[str], None], programs: Path | None = None) -> list[dict]:
+    """Run every method on every circuit with every seed.
+
+    Args:
+        device: where the methods run.
+        quick: two programs and one seed, for a look.
+        say: told what is done.
+        programs: see `program_files`; None also takes the circuits made by hand.
+
+    Returns:
+        Rows as `judge` gives them.
+    """
+    files = program_files(programs)
+    if quick and programs is None:
+        files = [path for path in files if path.stem in QUICK]
+    circuits = known_circuits(files, made=programs is None, device=device)
+    return compare(rankers(), circuits, SEEDS[:1] if quick else SEEDS, say)
+
+
+def compare(
+    methods: Mapping[str, Ranker], circuits: Iterable[KnownCircuit], seeds: Iterable[int], say: Callable[[str], None]
+) -> list[dict]:
+    """A row for each method, circuit and seed; none where there is no edge to be found, or not the method's graph."""
+    rows = []
+    for circuit in circuits:
+        size = f"{n_edges(circuit.edges)} of {n_edges(circuit.graph.edges)} edges"
+        say(f"{circuit.name}, {circuit.ablation.kind}: {size}")
+        if not n_edges(circuit.edges):
+            continue
+        prompts = list(batches(circuit.graph, circuit.data, circuit.ablation, len(circuit.data)))
+        for name, method in methods.items():
+            if name == "eap_ig_activations" and circuit.graph.kind == "channel":
+                continue
+            for seed in seeds:
+                start = time.perf_counter()
+                scores = method(circuit.graph, circuit.data, circuit.ablation, seed)
+                seconds = time.perf_counter() - start
+                rows.append({"method": name, "seed": seed, "seconds": seconds, **judge(circuit, prompts, scores)})
+    return rows
+
+
+def judge(circuit: KnownCircuit, prompts: list[Batch], scores: EdgeSet) -> dict:
+    """How near a ranking comes to the circuit.
+
+    Args:
+        circuit: the one that was to be found.
+        prompts: its data, laid out.
+        scores: the ranking, greater first.
+
+    Returns:
+        program, ablation, graph, n_edges, n_circuit; auroc; top: whether the circuit's edges score above all others,
+        strictly; n_cut and n_hit: how many edges the shortest beginning of the ranking has that gives the model's
+        outputs, and how many of them are the circuit's; exact: whether it is the circuit or one of its alternatives,
+        None where the edges that are needed are not enough, so that there is no one circuit.
+    """
+    graph, truth = circuit.graph, flat(circuit.graph, circuit.edges)
+    values = flat(graph, scores)
+    cut = shortest(graph, prompts, scores)
+    kept = flat(graph, cut)
+    right = [circuit.edges, *circuit.alternatives]
+    exact = any(torch.equal(kept, flat(graph, edges)) for edges in right)
+    return {
+        "program": circuit.name, "ablation": circuit.ablation.kind, "graph": graph.kind, "n_edges": len(truth),
+        "n_circuit": int(truth.sum()), "auroc": auroc(graph, scores, circuit.edges),
+        "top": bool(values[truth].min() > values[~truth].max()),
+        "n_cut": int(kept.sum()), "n_hit": int((kept & truth).sum()),
+        "exact": exact if circuit.error <= TOLERANCE else None,
+    }  # fmt: skip
+
+
+def shortest(graph: EdgeGraph, prompts: list[Batch], scores: EdgeSet) -> EdgeSet:
+    """The shortest beginning of a ranking that gives the model's outputs, without dangling edges where it can do so."""
+    kept = graph.edges
+    for n in range(n_edges(graph.edges)):
+        kept = top_edges(graph, scores, n)
+        if change(graph, prompts, kept) <= TOLERANCE:
+            break
+    else:
+        kept = graph.edges
+    tidy = graph.connected(kept)
+    return tidy if change(graph, prompts, tidy) <= TOLERANCE else kept
