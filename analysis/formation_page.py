@@ -38,7 +38,7 @@ def _losses(rows: list[dict[str, Any]], title: str):
         _line(plot, rows, key, name, colour)
     ends = [rows[0]["step"], rows[-1]["step"]]
     plot.line(ends, [CHANCE, CHANCE], line_dash="dotted", line_color="#7d838c", legend_label="chance")
-    plot.legend.click_policy = "hide"
+    plot.add_layout(plot.legend[0], "right")
     return plot
 
 
@@ -50,6 +50,8 @@ def _sizes(rows: list[dict[str, Any]]):
     _line(plot, rows, "n_nodes", "nodes", "#3b8f4e")
     missed = [row["step"] for row in rows if not row["reached"]]
     plot.scatter(missed, [0] * len(missed), marker="x", size=9, color="#c8472f", legend_label="target not reached")
+    plot.y_range.start = 0
+    plot.add_layout(plot.legend[0], "right")
     return plot
 
 

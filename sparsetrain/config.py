@@ -198,7 +198,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class EdgeMaskConfig:
+class EdgeMaskOptions:
     """Edge Pruning: hard concrete masks. Defaults that are not the published ones: see edge_masks.py."""
 
     steps: int = option(3000, "optimiser steps", "steps", low=1)
@@ -214,7 +214,7 @@ class EdgeMaskConfig:
 
 
 @dataclass(frozen=True)
-class TopkMaskConfig:
+class TopkMaskOptions:
     """One score per edge, learnt with masks of every size; published defaults."""
 
     steps: int = option(5000, "optimiser steps", "steps", low=1)
@@ -285,13 +285,21 @@ class PruneConfig:
     tie_qk: bool = option(True, "nodes: keep a query channel if and only if its key channel is kept")
     train_pairs: int = option(256, "prompt pairs the circuit is found on", "pairs", low=2)
     heldout_pairs: int = option(256, "prompt pairs the measures are taken on", "pairs", low=2)
-    clean: bool = option(True, "drop units one by one at the end while the target still holds")
+    clean_evaluations: int = option(
+        2000, "circuits tried at the end to drop units that the target does not need; 0: none", "circuits", low=0
+    )
     reference_tokens: int = option(65_536, "corpus tokens that means are taken over", "tokens", low=1)
     random_sets: int = option(10, "random circuits the circuit is compared with", low=1)
     nonsense: bool = option(True, "also search a circuit for the same prompts with nonsense answers")
     seed: int = option(0, "seed of prompts, masks, batches and random sets", low=0)
+    alternative_runs: int = option(
+        200, "circuits of edges tried to find other minimal ones beside the one that was found; 0: none", low=0
+    )
     node_masks: NodeMaskOptions = field(default_factory=NodeMaskOptions)
+    edge_masks: EdgeMaskOptions = field(default_factory=EdgeMaskOptions)
+    topk_masks: TopkMaskOptions = field(default_factory=TopkMaskOptions)
     attribution: AttributionOptions = field(default_factory=AttributionOptions)
+    acdc: AcdcOptions = field(default_factory=AcdcOptions)
 
 
 def load_config(kind: type[C], arguments: Sequence[str]) -> C:

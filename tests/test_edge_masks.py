@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from sparsetrain.bench import known_circuits
-from sparsetrain.config import EdgeMaskConfig, TopkMaskConfig
-from sparsetrain.pruning import edge_cut, edge_masks, edges, mask_training, topk_masks
+from sparsetrain.config import EdgeMaskOptions, TopkMaskOptions
+from sparsetrain.pruning import cut as cutting
+from sparsetrain.pruning import edge_masks, edges, mask_training, topk_masks
 from sparsetrain.pruning.objective import squared_error
+from sparsetrain.pruning.space import EdgeSpace
 
-QUICK = {"edge": EdgeMaskConfig(steps=30), "topk": TopkMaskConfig(steps=30)}
+QUICK = {"edge": EdgeMaskOptions(steps=30), "topk": TopkMaskOptions(steps=30)}
 METHODS = {"edge": edge_masks.rank, "topk": topk_masks.rank}
 
 
@@ -30,7 +32,7 @@ def rank(method: str, circuit: known_circuits.KnownCircuit, metric=squared_error
 
 def test_the_exact_circuit_of_xproportion_is_found():
     circuit = known("xproportion")
-    options = EdgeMaskConfig(steps=300)
+    options = EdgeMaskOptions(steps=300)
     scores = edge_masks.rank(circuit.graph, circuit.data, circuit.ablation, squared_error, options)
     truth = edges.flat(circuit.graph, circuit.edges)
     values = edges.flat(circuit.graph, scores)
@@ -39,9 +41,9 @@ def test_the_exact_circuit_of_xproportion_is_found():
     def change(kept):
         return known_circuits.change(circuit.graph, circuit.data, circuit.ablation, kept)
 
-    cut = edge_cut.smallest(circuit.graph, scores, change, known_circuits.TOLERANCE)
+    cut = cutting.smallest(EdgeSpace(circuit.graph), scores, change, known_circuits.TOLERANCE)
     assert cut.reached
-    assert torch.equal(edges.flat(circuit.graph, cut.edges), truth)
+    assert torch.equal(edges.flat(circuit.graph, cut.kept), truth)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -90,9 +92,9 @@ def test_where_no_edge_matters_all_scores_are_zero(method, caplog):
     scores = rank(method, circuit)
     assert all((group == 0).all() for group in scores.values())
     assert "no edge matters" in caplog.text
-    cut = edge_cut.smallest(circuit.graph, scores, lambda kept: 0.0, 0.1)
+    cut = cutting.smallest(EdgeSpace(circuit.graph), scores, lambda kept: 0.0, 0.1)
     assert cut.reached
-    assert edges.n_edges(cut.edges) == 0
+    assert edges.n_edges(cut.kept) == 0
 
 
 def test_gates_follow_their_distribution():

@@ -10,7 +10,7 @@ from sparsetrain.config import PruneConfig, RunConfig, load_config
 from sparsetrain.model import Transformer
 from sparsetrain.pruning import evaluate, graph, node_masks
 from sparsetrain.pruning.ablation import Ablation, build_ablation, site_reader
-from sparsetrain.pruning.cut import Problem, bisect, find
+from sparsetrain.pruning.cut import Problem, find, smallest
 from sparsetrain.pruning.measures import measure
 from sparsetrain.pruning.prune import METHODS
 from sparsetrain.pruning.space import NodeSpace
@@ -147,7 +147,8 @@ def test_an_impossible_target_is_reported_with_the_best_loss(model, data, ablati
 def test_the_cut_is_where_the_target_is_just_reached(model, data, ablation):
     config = load_config(PruneConfig, THOROUGH)
     tau = RANK(problem(model, data, ablation, config))
-    cut = bisect(problem(model, data, ablation, config), tau)
+    to_cut = problem(model, data, ablation, config)
+    cut = smallest(to_cut.space, tau, lambda kept: to_cut.score(kept)[0], config.target_loss, clean_evaluations=0)
     n = graph.n_nodes(cut.kept)
     assert cut.reached
     fewer = NodeSpace(model, True).top(tau, n - 1)

@@ -6,10 +6,14 @@ import pytest
 import torch
 
 import sparsetrain
-from sparsetrain.config import PruneConfig, load_config
+from sparsetrain.analysis.circuit_page import write_page
+from sparsetrain.analysis.formation_page import write_formation_page
+from sparsetrain.checkpoint import checkpoints
+from sparsetrain.config import ConfigError, PruneConfig, load_config
 from sparsetrain.pruning import graph
 from sparsetrain.pruning.channel_edges import ChannelGraph
 from sparsetrain.pruning.circuit import Circuit, list_edges, load_circuit
+from sparsetrain.pruning.formation import over_training
 from sparsetrain.pruning.measures import score_tasks
 from sparsetrain.pruning.prune import Unreached, prune
 from sparsetrain.tasks import TaskError
@@ -136,3 +140,68 @@ def test_the_command_writes_the_page_of_a_file_task_from_anywhere(tiny_run, task
     monkeypatch.chdir("/")
     assert main(["page", str(tmp_path / "run"), "--task", "mine"]) == 0
     assert "circuit of mine" in capsys.readouterr().out
+
+
+SMALL = {
+    "edge_masks": ["edge_masks.steps=60", "edge_masks.batch=8"],
+    "topk_masks": ["topk_masks.steps=60", "topk_masks.batch=8"],
+    "attribution": ["attribution.estimator=gates", "attribution.gate_points=3"],
+    "acdc": ["acdc.n_taus=4"],
+}
+
+
+@pytest.mark.parametrize("kind", ["channel", "component"])
+@pytest.mark.parametrize("method", SMALL)
+def test_every_method_of_edges_runs_through_the_stage(method, kind, tiny_run, task):
+    if (method, kind) == ("acdc", "channel"):
+        pytest.skip("a run of all prompts for each of some thousand edges")
+    name = f"{method}-{kind}"
+    settings = [*QUICK, *SMALL[method], f"graph={kind}", f"name={name}", "target_loss=0.65", "nonsense=false",
+                "alternative_runs=20", "clean_evaluations=60"]  # fmt: skip
+    found = prune(tiny_run, task, load_config(PruneConfig, settings), method)
+    assert isinstance(found, Circuit), found
+    folder = tiny_run / "circuits" / "self_or_none" / name
+    read = load_circuit(folder)
+    assert (read.graph, read.method, read.edges) == (kind, method, found.edges)
+    assert read.measures == found.measures
+    m = found.measures
+    assert m["n_edges"] == len(found.edges) and m["units"] == "edges"
+    assert set(found.effects) == {edge.name for edge in found.edges}
+    assert m["curve"]["faithfulness"][-1] == pytest.approx(1, abs=1e-4)
+    assert (folder / "mib.json").exists() == (kind == "component")
+    if found.edges:
+        alternatives = json.loads((folder / "alternatives.json").read_text())
+        assert len(alternatives["circuits"]) == m["alternatives"]["n"] >= 1
+    assert not list(folder.parent.glob(".*unfinished"))
+    assert write_page(tiny_run, folder).exists()
+
+
+def test_a_circuit_of_a_given_size(tiny_run, task):
+    settings = [*QUICK, *SMALL["attribution"], "graph=component", "size=5", "nonsense=false", "alternative_runs=0"]
+    found = prune(tiny_run, task, load_config(PruneConfig, settings), "attribution")
+    assert len(found.edges) == 5
+
+
+def test_what_a_method_cannot_do_is_said(tiny_run, task):
+    for settings, method, words in (
+        (["graph=component", "split_embedding=true"], "attribution", "split_embedding needs model.positions=learned"),
+        (["attribution.estimator=eap", "metric=kl"], "attribution", "must have a gradient at the full model, got kl"),
+        ([], "pruner", "method must be one of node_masks, edge_masks, topk_masks, attribution, acdc"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            prune(tiny_run, task, load_config(PruneConfig, [*QUICK, *settings]), method)
+
+
+def test_the_circuits_of_all_kept_checkpoints(tiny_run, task):
+    settings = [*QUICK, *SMALL["attribution"], "graph=component", "target_loss=0.65", "nonsense=false",
+                "alternative_runs=0", "clean_evaluations=0", "name=formed"]  # fmt: skip
+    config = load_config(PruneConfig, settings)
+    file = over_training(tiny_run, task, config, "attribution")
+    rows = json.loads(file.read_text())
+    assert [row["step"] for row in rows] == [int(at.name[5:]) for at in checkpoints(tiny_run)]
+    last = prune(tiny_run, task, config, "attribution")
+    assert rows[-1]["reached"] and rows[-1]["n_edges"] == last.measures["n_edges"], "the last checkpoint is the model"
+    kept = {f: f.stat().st_mtime_ns for f in file.parent.rglob("*.json") if f != file}
+    assert json.loads(over_training(tiny_run, task, config, "attribution").read_text()) == rows
+    assert {f: f.stat().st_mtime_ns for f in kept} == kept, "nothing is done twice"
+    assert "target not reached" in write_formation_page(file).read_text()

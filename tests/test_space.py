@@ -33,8 +33,8 @@ def test_effects_are_what_ablating_each_unit_alone_does(problem):
     kept = {site: mask.clone() for site, mask in problem.space.everything.items()}
     for site, mask in kept.items():
         mask[3:] = site == "final_resid"
-    found = effects(problem, problem.score(kept))
-    calibration = problem.score(kept).calibration
+    _, calibration = problem.score(kept)
+    found = effects(problem, kept, calibration)
     base, without = (
         evaluate.task_score(problem.space.logits(problem.data, k, problem.ablation), problem.data, calibration)[0]
         for k in (kept, space.without(kept, [("blocks.1.mlp_in", (2,))]))

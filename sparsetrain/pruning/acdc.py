@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsetrain.config import AcdcOptions
+from sparsetrain.config import AcdcOptions, ConfigError
 from sparsetrain.files import write_json
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.edges import Batch, EdgeGraph, EdgeSet, batches, flat, mean_metric, unflat
@@ -170,7 +170,7 @@ def _resume(state: Path | None, search: dict[str, object], start: list[Branch]) 
         other = ", ".join(
             f"{k} {saved['search'].get(k)!r} for {v!r}" for k, v in search.items() if saved["search"].get(k) != v
         )
-        raise ValueError(
+        raise ConfigError(
             f"{state} must hold a search with the same settings, got {other}; delete it or name another file"
         )
     like = start[0].kept

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsetrain.config import AttributionOptions
+from sparsetrain.config import AttributionOptions, ConfigError
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.component_graph import ComponentGraph
 from sparsetrain.pruning.eap import activations_on_the_way, component_scores, inputs_on_the_way
@@ -57,7 +57,7 @@ def rank(graph: EdgeGraph, data: TaskData, ablation: Ablation, metric: Metric, o
     Differs: on the channel graph `eap_ig_inputs` takes the activations, too, from the runs with interpolated inputs.
     """
     if options.estimator == "eap_ig_activations" and graph.kind != "component":
-        raise ValueError(
+        raise ConfigError(
             "eap_ig_activations must be asked for on the component graph, got the channel graph, which has no "
             "components to interpolate; take gates, or eap_ig_inputs"
         )

@@ -1,33 +1,38 @@
-"""From a ranking of units, nodes or edges, to the smallest circuit found that reaches the target loss."""
+"""From a ranking of units, nodes or edges, to the smallest circuit found that reaches a target."""
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
 from sparsetrain.config import ConfigError, PruneConfig
-from sparsetrain.pruning import space
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.evaluate import Calibration, calibrate, task_score
-from sparsetrain.pruning.space import Space, Unit, Units, n_units
+from sparsetrain.pruning.space import Space, Unit, Units, n_units, units, without
 from sparsetrain.tasks import TaskData
 
 log = logging.getLogger(__name__)
 
 ORDER_PROMPTS = 64  # prompts that the order of cleaning is measured on
+ORDER_SHARE = 0.25  # of the evaluations that cleaning may take, spent on that order at most
+
+Loss = Callable[[Units], float]  # less is better
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A set of units and how it does on the prompts it was chosen on."""
+    """A set of units, its loss, whether that is at most the target, and how many sets were tried to find it."""
 
     kept: Units
     loss: float
-    calibration: Calibration
     reached: bool
+    n_evaluations: int = 0
+    calibration: Calibration = Calibration()
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,13 @@ class Problem:
     data: TaskData
     ablation: Ablation
     config: PruneConfig
+    state: Path | None = None  # folder that a long ranking keeps its state in
 
-    def score(self, kept: Units) -> Cut:
-        """How well a set of units does the task, calibrated."""
+    def score(self, kept: Units) -> tuple[float, Calibration]:
+        """The calibrated task loss of a set of units, and the calibration."""
         logits = self.space.logits(self.data, kept, self.ablation)
         calibration = calibrate(logits, self.data)
-        loss = task_score(logits, self.data, calibration)[0]
-        return Cut(kept, loss, calibration, loss <= self.config.target_loss)
+        return task_score(logits, self.data, calibration)[0], calibration
 
 
 @dataclass(frozen=True)
@@ -61,41 +66,78 @@ def find(problem: Problem, method: Method) -> tuple[Cut, dict[str, Tensor], Prun
     Raises:
         ConfigError: a search over settings is asked for without Optuna.
     """
-    if problem.config.node_masks.search_trials:
+    config, space = problem.config, problem.space
+    if config.node_masks.search_trials:
         return _search(problem, method)
     scores = method.rank(problem)
     ranking = {group: score.abs() for group, score in scores.items()} if method.by_magnitude else scores
-    if problem.config.size is not None:
-        cut = problem.score(problem.space.top(ranking, problem.config.size))
-        return dataclasses.replace(cut, reached=True), scores, problem.config
-    cut = bisect(problem, ranking)
-    log.info("cut at %d units: loss %.3f, target %s", n_units(cut.kept), cut.loss, "met" if cut.reached else "missed")
-    return (clean(problem, cut) if cut.reached else cut), scores, problem.config
+    if config.size is not None:
+        kept = space.top(ranking, config.size)
+        loss, calibration = problem.score(kept)
+        return Cut(kept, loss, True, 1, calibration), scores, config
+    cut = smallest(
+        space, ranking, lambda kept: problem.score(kept)[0], config.target_loss, config.clean_evaluations,
+        lambda kept: _by_effect(problem, kept, ranking),
+    )  # fmt: skip
+    met = "met" if cut.reached else "missed"
+    log.info(
+        "%d %s after %d tries: loss %.3f, target %s", n_units(cut.kept), space.units, cut.n_evaluations, cut.loss, met
+    )
+    return dataclasses.replace(cut, calibration=problem.score(cut.kept)[1]), scores, config
 
 
-def bisect(problem: Problem, ranking: dict[str, Tensor]) -> Cut:
-    """Cut a ranking at the size where the calibrated task loss just reaches the target.
+def smallest(
+    space: Space, ranking: dict[str, Tensor], loss: Loss, target: float, clean_evaluations: int = 2000,
+    order: Callable[[Units], list[Unit]] | None = None,
+) -> Cut:  # fmt: skip
+    """Cut a ranking at the size that just reaches the target, then drop every unit that the target does not need.
 
-    Source: Gao et al. 2025, A.5. The loss need not be monotone in the size: sizes are doubled until one reaches the
-    target, then halved into. Where none does, the best size tried is returned, with `reached` false.
+    Learnt masks leave units that do nothing (Gao et al. 2025, footnote 9, removed them by hand).
+
+    Args:
+        space: of the units.
+        ranking: for each unit, greater where it matters more.
+        loss: of a set of units; no number (NaN) reaches no target.
+        target: the loss that is to be reached.
+        clean_evaluations: how many sets may be evaluated to drop units one by one; 0 leaves the ranking's own set.
+        order: of the units of a set, those to drop first; None: from the end of the ranking.
+
+    Returns:
+        The smallest set found. Where nothing reaches the target, the best size tried. Where no unit is needed, the set
+        without units, reached.
     """
+    count = _Counted(loss, target)
+    cut = bisect(lambda n: count(space.top(ranking, n)), n_units(space.everything))
+    if cut.reached and n_units(cut.kept):
+        cut = _connected(space, cut, count)
+        if clean_evaluations:
+            cut = clean(
+                space, cut, (order or (lambda kept: worst_first(kept, ranking)))(cut.kept), count, clean_evaluations
+            )
+            cut = _connected(space, cut, count)
+    return dataclasses.replace(cut, n_evaluations=count.n)
 
-    def cut(n: int) -> Cut:
-        return problem.score(problem.space.top(ranking, n))
 
+def bisect(cut: Callable[[int], Cut], n_all: int) -> Cut:
+    """The smallest size that reaches the target, or the best tried: sizes are doubled, then halved into.
+
+    The loss need not be monotone in the size, so a smaller one may reach it too.
+
+    Source: Gao et al. 2025, A.5.
+    """
     best = cut(0)
     if best.reached:
         return best
-    n_all = n_units(problem.space.everything)
     low = 0
     for high in [*(2**i for i in range(n_all.bit_length()) if 2**i < n_all), n_all]:
         tried = cut(high)
-        if tried.loss < best.loss:
-            best = tried
+        best = tried if tried.reached or not best.loss <= tried.loss else best
         if tried.reached:
             break
         low = high
-    while best.reached and high - low > 1:
+    else:
+        return best
+    while high - low > 1:
         middle = (low + high) // 2
         tried = cut(middle)
         if tried.reached:
@@ -105,49 +147,76 @@ def bisect(problem: Problem, ranking: dict[str, Tensor]) -> Cut:
     return best
 
 
-def clean(problem: Problem, cut: Cut) -> Cut:
-    """Drop dangling units, then, if asked, every unit that the target does not need.
+def clean(space: Space, cut: Cut, order: list[Unit], loss: "_Counted", most: int) -> Cut:
+    """Drop units while the target holds, until none can go alone or `most` sets were evaluated.
 
-    Learnt masks leave nodes that do nothing (Gao et al. 2025, footnote 9, removed them by hand). Units are tried
-    once each, in order of the rise in loss without them; a tied query and key channel are tried together.
+    Units are tried in `order`, half of them at once, then half of what did not go, down to single ones; a set with
+    few units to drop, or few to keep, takes few evaluations.
     """
-    cut = _connected(problem, cut)
-    if not problem.config.clean:
-        return cut
-    progress = tqdm(desc="cleaning", unit=" units", total=2 * n_units(cut.kept), disable=None)
-    some = dataclasses.replace(problem, data=problem.data.take(slice(0, ORDER_PROMPTS)))
-    rises = effects(some, cut, progress.update)
-    for unit in sorted(rises, key=rises.__getitem__):
-        progress.update()
-        if not cut.kept[unit[0]][unit[1]]:
-            continue  # gone with the other half of its pair
-        tried = problem.score(space.without(cut.kept, problem.space.together(unit)))
-        if tried.reached:
-            cut = tried
-    progress.close()
-    return _connected(problem, cut)
+    stop = loss.n + most
+    before = -1
+    while n_units(cut.kept) not in (0, before) and loss.n < stop:
+        before = n_units(cut.kept)
+        progress = tqdm(desc="cleaning", unit=f" {space.units}", total=before, disable=None)
+        waiting = [[unit for unit in order if cut.kept[unit[0]][unit[1]]]]
+        while waiting and loss.n < stop:
+            chunk = [unit for unit in waiting.pop() if cut.kept[unit[0]][unit[1]]]  # some went with the half of a pair
+            tried = loss(without(cut.kept, [other for unit in chunk for other in space.together(unit)]))
+            if tried.reached:
+                cut = tried
+            elif len(chunk) > 1:
+                middle = len(chunk) // 2
+                waiting += [chunk[middle:], chunk[:middle]]
+                continue
+            progress.update(len(chunk))
+        progress.close()
+    return cut
 
 
-def effects(problem: Problem, cut: Cut, progress: Callable[[int], object] = lambda done: None) -> dict[Unit, float]:
-    """How much the circuit's task loss rises when one more unit is ablated, for each of its units."""
-
-    def loss(kept: Units) -> float:
-        return task_score(problem.space.logits(problem.data, kept, problem.ablation), problem.data, cut.calibration)[0]
-
-    base = loss(cut.kept)
-    found = {}
-    for unit in space.units(cut.kept):
-        found[unit] = loss(space.without(cut.kept, [unit])) - base
-        progress(1)
-    return found
+def worst_first(kept: Units, ranking: dict[str, Tensor]) -> list[Unit]:
+    """The units of a set from the end of the ranking on."""
+    return sorted(units(kept), key=lambda unit: ranking[unit[0]][unit[1]].item())
 
 
-def _connected(problem: Problem, cut: Cut) -> Cut:
-    tidy = problem.space.connected(cut.kept)
+class _Counted:
+    """A loss as a Cut, and how often it was asked for."""
+
+    def __init__(self, loss: Loss, target: float):
+        self.loss, self.target, self.n = loss, target, 0
+
+    def __call__(self, kept: Units) -> Cut:
+        self.n += 1
+        value = self.loss(kept)
+        return Cut(kept, math.inf if math.isnan(value) else value, value <= self.target)
+
+
+def _connected(space: Space, cut: Cut, loss: _Counted) -> Cut:
+    """The circuit without dangling units, where the target holds without them."""
+    tidy = space.connected(cut.kept)
     if n_units(tidy) == n_units(cut.kept):
         return cut
-    tried = problem.score(tidy)
+    tried = loss(tidy)
     return tried if tried.reached else cut
+
+
+def _by_effect(problem: Problem, kept: Units, ranking: dict[str, Tensor]) -> list[Unit]:
+    """The units by what the loss on some prompts rises without them; by their rank where that would take too long."""
+    if n_units(kept) > ORDER_SHARE * problem.config.clean_evaluations:
+        return worst_first(kept, ranking)
+    some = dataclasses.replace(problem, data=problem.data.take(slice(0, ORDER_PROMPTS)))
+    rises = effects(some, kept, problem.score(kept)[1])
+    return sorted(rises, key=rises.__getitem__)
+
+
+def effects(problem: Problem, kept: Units, calibration: Calibration) -> dict[Unit, float]:
+    """How much a circuit's task loss rises when one more unit is ablated, for each of its units."""
+
+    def loss(some: Units) -> float:
+        return task_score(problem.space.logits(problem.data, some, problem.ablation), problem.data, calibration)[0]
+
+    base = loss(kept)
+    alone = tqdm(units(kept), desc="without each", unit=f" {problem.space.units}", disable=None, leave=False)
+    return {unit: loss(without(kept, [unit])) - base for unit in alone}
 
 
 def _search(problem: Problem, method: Method) -> tuple[Cut, dict[str, Tensor], PruneConfig]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsetrain.config import EdgeMaskConfig
+from sparsetrain.config import EdgeMaskOptions
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.edges import EdgeGraph, EdgeSet, like, n_edges, unflat
 from sparsetrain.pruning.mask_training import Objective, State, about, adam_, build_objective, new_state, train
@@ -21,7 +21,7 @@ def rank(
     data: TaskData,
     ablation: Ablation,
     metric: Metric,
-    options: EdgeMaskConfig,
+    options: EdgeMaskOptions,
     state: Path | None = None,
 ) -> EdgeSet:
     """Learn a mask over all edges while the sparsity that is asked for rises; how long each stays open ranks them.
@@ -34,7 +34,7 @@ def rank(
         data: the prompts to learn on.
         ablation: what replaces the activation that an edge carries when it is cut.
         metric: what the circuit is to preserve; greater is better.
-        options: see EdgeMaskConfig.
+        options: see EdgeMaskOptions.
         state: a file to go on from after a kill; see `mask_training.train`.
 
     Returns:
@@ -67,7 +67,7 @@ def rank(
     return unflat(graph, end["opened"] / options.steps)
 
 
-def _step(objective: Objective, state: State, k: int, generator: torch.Generator, options: EdgeMaskConfig) -> None:
+def _step(objective: Objective, state: State, k: int, generator: torch.Generator, options: EdgeMaskOptions) -> None:
     log_alpha = state["values"].detach().requires_grad_()
     n = len(log_alpha)
     gates = hard_concrete(log_alpha, generator)

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from sparsetrain.config import ConfigError
 from sparsetrain.files import write_whole
 from sparsetrain.pruning.ablation import Ablation, draw_places
 from sparsetrain.pruning.edges import EdgeGraph, all_answer_logits, answer_logits, like, n_edges, unflat
@@ -26,7 +27,7 @@ FLAT = 1e-9  # a mean difference below this is no difference
 State = dict[str, Tensor]
 
 
-class StateError(ValueError):
+class StateError(ConfigError):
     """A saved training that cannot be gone on with."""
 
 

@@ -1,6 +1,7 @@
 """What is said of a circuit: measures on held-out prompts, each beside its control; and what a full model can do."""
 
 import dataclasses
+import logging
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from torch import Tensor
 from sparsetrain import checkpoint
 from sparsetrain.model import Transformer
 from sparsetrain.pruning.ablation import Ablation
+from sparsetrain.pruning.curves import curve
 from sparsetrain.pruning.cut import Cut, Method, Problem, find
+from sparsetrain.pruning.edges import EdgeSet, batches
 from sparsetrain.pruning.evaluate import (
     CHANCE,
     Calibration,
@@ -25,8 +28,11 @@ from sparsetrain.pruning.evaluate import (
     task_score,
 )
 from sparsetrain.pruning.graph import full
+from sparsetrain.pruning.objective import logit_difference
 from sparsetrain.pruning.space import Space, Units, complement, n_units, random_like
 from sparsetrain.tasks import TASKS, TaskData, TaskError, encode_task, load_task, nonsense
+
+log = logging.getLogger(__name__)
 
 
 def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
@@ -88,6 +94,31 @@ def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
         "train_loss": cut.loss,
         "chance_loss": CHANCE,
     }
+
+
+def size_curve(problem: Problem, heldout: TaskData, scores: EdgeSet) -> dict[str, Any]:
+    """Faithfulness of circuits of many sizes, cut from one ranking, by the logit difference (Mueller et al. 2025).
+
+    Returns:
+        shares of the edges; sizes, faithfulness of circuits by signed score, cpr; sizes_by_magnitude,
+        faithfulness_by_magnitude, cmd. Nothing where the logit difference
+        does not tell the model from one without edges.
+    """
+    graph = problem.space.of
+    prompts = list(batches(graph, heldout, problem.ablation))
+    try:
+        signed = curve(graph, prompts, scores, logit_difference)
+        magnitudes = {group: score.abs() for group, score in scores.items()}
+        absolute = curve(graph, prompts, magnitudes, logit_difference)
+    except ValueError as error:
+        log.warning("no curve of sizes: %s", error)
+        return {}
+    return {
+        "shares": list(signed.shares), "sizes": list(signed.sizes), "faithfulness": list(signed.faithfulness),
+        "cpr": signed.area,
+        "sizes_by_magnitude": list(absolute.sizes), "faithfulness_by_magnitude": list(absolute.faithfulness),
+        "cmd": absolute.distance,
+    }  # fmt: skip
 
 
 def sizes(space: Space, kept: Units) -> dict[str, int]:

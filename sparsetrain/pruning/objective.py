@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sparsetrain.config import ConfigError
 from sparsetrain.pruning.evaluate import Calibration, right_and_wrong, task_losses
 from sparsetrain.tasks import TaskData
 
@@ -81,7 +82,7 @@ def refuse_if_flat(metric: Metric, data: TaskData, extremes: Extremes | LateExtr
         value = metric(outputs, data, LateExtremes(extremes.full.double(), lambda: extremes.empty.double())).sum()
         (slope,) = torch.autograd.grad(value, outputs)
     if slope.abs().max() < 1e-12:
-        raise ValueError(
+        raise ConfigError(
             f"the metric of eap must have a gradient at the full model, got zero from {metric.__name__}; take "
             "logit_difference, task_loss or projection, or the estimator eap_ig_inputs, gates, gates_checked or exact"
         )

@@ -6,34 +6,39 @@ run -> Transformer, tokenizer -> task prompts -> masks -> node set -> Circuit ->
 import dataclasses
 import json
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sparsetrain import checkpoint
 from sparsetrain.config import ConfigError, PruneConfig, RunConfig
 from sparsetrain.data import evaluation_batches
 from sparsetrain.files import write_json
 from sparsetrain.model import Transformer
-from sparsetrain.pruning import attribution, node_masks
+from sparsetrain.pruning import acdc, attribution, edge_masks, node_masks, topk_masks
 from sparsetrain.pruning.ablation import build_ablation
+from sparsetrain.pruning.alternatives import Alternatives, alternatives
 from sparsetrain.pruning.channel_edges import ChannelGraph
 from sparsetrain.pruning.circuit import Circuit, Edge, list_edges, save_circuit
 from sparsetrain.pruning.component_graph import ComponentGraph
 from sparsetrain.pruning.cut import ORDER_PROMPTS, Cut, Method, Problem, effects, find
+from sparsetrain.pruning.edges import EdgeSet, batches, edge_names
 from sparsetrain.pruning.evaluate import calibrate, task_score
 from sparsetrain.pruning.graph import wires
-from sparsetrain.pruning.measures import full_model_logits, measure, nonsense_control
-from sparsetrain.pruning.objective import METRICS
+from sparsetrain.pruning.measures import full_model_logits, measure, nonsense_control, size_curve
+from sparsetrain.pruning.mib import mib_json
+from sparsetrain.pruning.objective import METRICS, task_loss
 from sparsetrain.pruning.space import EdgeSpace, NodeSpace, Space, Unit, Units, n_units
 from sparsetrain.tasks import TASKS, TaskData, encode_task, load_task
 
 log = logging.getLogger(__name__)
 
+ALTERNATIVE_TOLERANCE = 0.05  # nats that the loss may rise in another minimal circuit
 SPARSE = 0.5  # with a smaller share of nonzero weights a model's own graph is that of its channels
 
 
@@ -53,7 +58,27 @@ def _attribution(problem: Problem) -> dict[str, Tensor]:
     )
 
 
-METHODS = {"node_masks": Method(_node_masks), "attribution": Method(_attribution, by_magnitude=True)}
+def _edge_ranking(module: ModuleType, name: str, options: str, suffix: str) -> Method:
+    """A method of edges that is long enough to keep its state."""
+
+    def rank(problem: Problem) -> EdgeSet:
+        config = problem.config
+        log.info("ranking %d edges by %s", n_units(problem.space.everything), name)
+        state = None if problem.state is None else problem.state / f"{name}.{suffix}"
+        return module.rank(
+            problem.space.of, problem.data, problem.ablation, METRICS[config.metric], getattr(config, options), state
+        )
+
+    return Method(rank)
+
+
+METHODS = {
+    "node_masks": Method(_node_masks),
+    "edge_masks": _edge_ranking(edge_masks, "edge_masks", "edge_masks", "safetensors"),
+    "topk_masks": _edge_ranking(topk_masks, "topk_masks", "topk_masks", "safetensors"),
+    "attribution": Method(_attribution, by_magnitude=True),
+    "acdc": _edge_ranking(acdc, "acdc", "acdc", "json"),
+}
 
 
 @dataclass(frozen=True)
@@ -112,19 +137,30 @@ def prune(
     needs_corpus = config.ablation in ("mean_data", "resample")
     corpus = corpus_tokens(run, run_config, config.reference_tokens, device) if needs_corpus else []
     ablation = build_ablation(space.read, config.ablation, corpus, train)
-    problem = Problem(space, train, ablation, config)
-    cut, ranking, used = find(problem, METHODS[method])
     folder = circuit_folder(run, chosen.name, config.name or method, at)
+    unfinished = folder.with_name(f".{folder.name}-unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    problem = Problem(space, train, ablation, config, unfinished)
+    cut, ranking, used = find(problem, METHODS[method])
     if not cut.reached:
         answer = _unreached(chosen.name, folder, problem, heldout, cut)
+        shutil.rmtree(unfinished)
         if at is None:
             _summarise(run, {"task": answer.task, **dataclasses.asdict(answer)})
         return answer
     log.info("measuring %d %s on held-out prompts", n_units(cut.kept), space.units)
     measures = measure(problem, heldout, cut)
+    found = None
+    if isinstance(space, EdgeSpace):
+        measures["curve"] = size_curve(problem, heldout, ranking)
+        if config.alternative_runs and n_units(cut.kept):
+            found = look_for_alternatives(problem, cut, ranking)
+            measures["alternatives"] = {
+                "n": len(found.circuits), "n_needed": n_units(found.needed), "complete": found.complete,
+            }  # fmt: skip
     if config.nonsense:
         log.info("the same search for nonsense answers")
-        problem = dataclasses.replace(problem, config=used)
+        problem = dataclasses.replace(problem, config=used, state=None)
         measures["nonsense"] = nonsense_control(problem, heldout, METHODS[method], tokenizer)
     effects = {space.name(unit): rise for unit, rise in unit_effects(problem, heldout, cut).items()}
     settings = {"prune": dataclasses.asdict(used), "run": run.name, "task": _task_reference(task)}
@@ -133,6 +169,8 @@ def prune(
         cut.calibration, ranking, effects, measures, settings,
     )  # fmt: skip
     save_circuit(folder, circuit)
+    _save_extras(folder, space, cut.kept, ranking, found)
+    shutil.rmtree(unfinished)
     if at is None:
         _summarise(run, {"task": circuit.task, "method": method, **circuit.measures})
     return circuit
@@ -172,11 +210,37 @@ def circuit_edges(space: Space, kept: Units, ranking: dict[str, Tensor]) -> list
     return list_edges(ChannelGraph(space.model), space.edges(kept))
 
 
+def look_for_alternatives(problem: Problem, cut: Cut, ranking: EdgeSet) -> Alternatives:
+    """Other minimal circuits among the edges of a circuit and as many of the next best, on some of its prompts.
+
+    OR-like redundancy shows here: of two branches that each suffice a circuit has one.
+    """
+    space, config = problem.space, problem.config
+    near = space.top({group: scores.abs() for group, scores in ranking.items()}, 2 * n_units(cut.kept))
+    edges = {group: kept | cut.kept[group] for group, kept in near.items()}
+    some = problem.data.take(slice(0, ORDER_PROMPTS))
+    prompts = list(batches(space.of, some, problem.ablation))
+    log.info("looking for alternatives, %d runs at most", config.alternative_runs)
+    return alternatives(space.of, prompts, task_loss, edges, ALTERNATIVE_TOLERANCE, config.alternative_runs)
+
+
+def _save_extras(folder: Path, space: Space, kept: Units, ranking: EdgeSet, found: Alternatives | None) -> None:
+    """What other tools and readers may want of a circuit of edges: alternatives.json and mib.json."""
+    if not isinstance(space, EdgeSpace):
+        return
+    if found is not None:
+        named = [[f"{a}->{b}" for a, b in edge_names(space.of, edges)] for edges in (found.needed, *found.circuits)]
+        write_json(
+            folder / "alternatives.json", {"complete": found.complete, "needed": named[0], "circuits": named[1:]}
+        )
+    if isinstance(space.of, ComponentGraph) and not space.of.split_embedding:
+        write_json(folder / "mib.json", mib_json(space.of, ranking, kept))
+
+
 def unit_effects(problem: Problem, heldout: TaskData, cut: Cut) -> dict[Unit, float]:
     """The rise of the held-out loss without each unit; of edges on fewer prompts, since there are many."""
     few = heldout if isinstance(problem.space, NodeSpace) else heldout.take(slice(0, ORDER_PROMPTS))
-    with tqdm(desc="effects", unit=" units", total=n_units(cut.kept), disable=None) as progress:
-        return effects(dataclasses.replace(problem, data=few), cut, progress.update)
+    return effects(dataclasses.replace(problem, data=few), cut.kept, cut.calibration)
 
 
 def corpus_tokens(run: Path, config: RunConfig, n_tokens: int, device: torch.device | str = "cpu") -> list[Tensor]:

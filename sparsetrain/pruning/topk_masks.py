@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsetrain.config import TopkMaskConfig
+from sparsetrain.config import TopkMaskOptions
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.edges import EdgeGraph, EdgeSet, like, n_edges, unflat
 from sparsetrain.pruning.mask_training import Objective, State, about, adam_, build_objective, new_state, train
@@ -19,7 +19,7 @@ def rank(
     data: TaskData,
     ablation: Ablation,
     metric: Metric,
-    options: TopkMaskConfig,
+    options: TopkMaskOptions,
     state: Path | None = None,
 ) -> EdgeSet:
     """Learn one score per edge; each step asks for the best circuit of another size.
@@ -29,7 +29,7 @@ def rank(
         data: the prompts to learn on.
         ablation: what replaces the activation that an edge carries when it is cut.
         metric: what the circuit is to preserve; greater is better.
-        options: see TopkMaskConfig.
+        options: see TopkMaskOptions.
         state: a file to go on from after a kill; see `mask_training.train`.
 
     Returns:
@@ -51,7 +51,7 @@ def rank(
     return unflat(graph, end["values"])
 
 
-def _step(objective: Objective, state: State, k: int, generator: torch.Generator, options: TopkMaskConfig) -> None:
+def _step(objective: Objective, state: State, k: int, generator: torch.Generator, options: TopkMaskOptions) -> None:
     scores = state["values"].detach().requires_grad_()
     size = math.exp(torch.rand((), generator=generator).item() * math.log(len(scores)))
     loss = objective.loss(masks_of_size(scores, size, options.temperature), options.batch, generator)
