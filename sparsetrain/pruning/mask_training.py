@@ -1,0 +1,148 @@
+"""What methods that learn edge masks share: the task as a loss of order one, and a training that outlives a kill."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from sparsetrain.files import write_whole
+from sparsetrain.pruning.ablation import Ablation, draw_places
+from sparsetrain.pruning.edges import EdgeGraph, all_answer_logits, answer_logits, like, n_edges, unflat
+from sparsetrain.pruning.objective import Extremes, Metric
+from sparsetrain.tasks import TaskData
+
+log = logging.getLogger(__name__)
+
+SAVE_EVERY = 50  # steps between saves of the state
+FLAT = 1e-9  # a mean difference below this is no difference
+
+State = dict[str, Tensor]
+
+
+class StateError(ValueError):
+    """A saved training that cannot be gone on with."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How well a circuit does a task, on random prompts, in units of what cutting every edge changes.
+
+    Attributes:
+        extremes: outputs of all prompts.
+        scale: the mean distance, over prompts, between the metric of the full model and with every edge cut.
+    """
+
+    graph: EdgeGraph
+    data: TaskData
+    ablation: Ablation
+    metric: Metric
+    extremes: Extremes
+    scale: float
+
+    def loss(self, gates: Tensor, n_prompts: int, generator: torch.Generator) -> Tensor:
+        """Minus the metric of the circuit with these gates (n_edges,), on prompts drawn without replacement."""
+        rows = torch.randperm(len(self.data), generator=generator)[:n_prompts].to(self.data.tokens.device)
+        part = self.data.take(rows.tolist())
+        places = draw_places(self.ablation, part.tokens, generator)
+        outputs = answer_logits(self.graph, part, unflat(self.graph, gates), self.ablation, places)
+        ends = Extremes(self.extremes.full[rows], self.extremes.empty[rows])
+        return -self.metric(outputs, part, ends).mean() / self.scale
+
+
+def build_objective(graph: EdgeGraph, data: TaskData, ablation: Ablation, metric: Metric) -> Objective | None:
+    """Measure both ends of the metric; None, and a warning, where cutting every edge changes nothing."""
+    full, empty = (all_answer_logits(graph, data, like(graph, gate), ablation) for gate in (1.0, 0.0))
+    ends = Extremes(full, empty)
+    scale = (metric(full, data, ends) - metric(empty, data, ends)).abs().mean().item()
+    if scale < FLAT:
+        log.warning("the metric is the same with every edge cut; no edge matters to it, so all scores are 0")
+        return None
+    return Objective(graph, data, ablation, metric, ends, scale)
+
+
+def train(
+    state: State,
+    step: Callable[[State, int, torch.Generator], None],
+    n_steps: int,
+    seed: int,
+    path: Path | None,
+    about: dict[str, object],
+) -> State:
+    """Run `step` until `n_steps` are done; begin where the file at `path` stopped, if there is one.
+
+    Args:
+        state: tensors that `step` changes in place, as they are at the start.
+        step: called with the state, the number of steps done and a generator.
+        n_steps: how many steps.
+        seed: of the generator.
+        path: a safetensors file that is written whole every SAVE_EVERY steps and at the end; None saves nothing.
+        about: what makes this training another than others; a file of another is refused.
+
+    Returns:
+        The state at the end; the same bits whether or not it was stopped in between.
+
+    Raises:
+        StateError: the file is damaged, or of another training.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    note = json.dumps(about, sort_keys=True)
+    done = _load(state, generator, path, note) if path is not None and path.exists() else 0
+    for k in tqdm(range(done, n_steps), initial=done, total=n_steps, desc="learning masks", disable=None):
+        step(state, k, generator)
+        if path is not None and ((k + 1) % SAVE_EVERY == 0 or k + 1 == n_steps):
+            _save(state, generator, path, note, k + 1)
+    return state
+
+
+def adam_(values: Tensor, gradient: Tensor, state: State, k: int, lr: float) -> None:
+    """One step of Adam, the k-th from 0, with the moments in `state`, which the first step makes."""
+    m, v = state["moment1"], state["moment2"]
+    m.lerp_(gradient, 0.1)
+    v.lerp_(gradient.square(), 0.001)
+    values -= lr * (m / (1 - 0.9 ** (k + 1))) / ((v / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
+
+
+def new_state(values: Tensor) -> State:
+    """The values to learn, and Adam's moments of them."""
+    return {"values": values, "moment1": torch.zeros_like(values), "moment2": torch.zeros_like(values)}
+
+
+def about(graph: EdgeGraph, data: TaskData, ablation: Ablation, metric: Metric, options: object) -> dict[str, object]:
+    """What `train` tells one training from another by."""
+    return {
+        "graph": f"{graph.kind}, {n_edges(graph.edges)} edges",
+        "data": f"{data.name}, {len(data)} prompts",
+        "ablation": ablation.kind,
+        "metric": getattr(metric, "__name__", "metric"),
+        "options": repr(options),
+    }
+
+
+def _save(state: State, generator: torch.Generator, path: Path, note: str, done: int) -> None:
+    tensors = {name: x.cpu().contiguous() for name, x in state.items()}
+    tensors["generator"] = generator.get_state()
+    write_whole(path, save(tensors, {"about": note, "done": str(done)}))
+
+
+def _load(state: State, generator: torch.Generator, path: Path, note: str) -> int:
+    """Fill `state` from the file; the number of steps that were done."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+            if found.get("about") != note:
+                raise StateError(
+                    f"{path} must be of this training, {note}, got {found.get('about')}; delete it to start anew"
+                )
+            for name, x in state.items():
+                x.copy_(file.get_tensor(name))
+            generator.set_state(file.get_tensor("generator"))
+            return int(found["done"])
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        raise StateError(f"{path} must be a saved training, got: {error}; delete it to start anew") from None

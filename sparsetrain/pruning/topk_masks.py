@@ -1,0 +1,73 @@
+"""One score per edge, learnt with masks of every size at once: a ranking that can be cut anywhere."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsetrain.config import TopkMaskConfig
+from sparsetrain.pruning.ablation import Ablation
+from sparsetrain.pruning.edges import EdgeGraph, EdgeSet, like, n_edges, unflat
+from sparsetrain.pruning.mask_training import Objective, State, about, adam_, build_objective, new_state, train
+from sparsetrain.pruning.objective import Metric
+from sparsetrain.tasks import TaskData
+
+
+def rank(
+    graph: EdgeGraph,
+    data: TaskData,
+    ablation: Ablation,
+    metric: Metric,
+    options: TopkMaskConfig,
+    state: Path | None = None,
+) -> EdgeSet:
+    """Learn one score per edge; each step asks for the best circuit of another size.
+
+    Args:
+        graph: of the model; its weights get no gradient.
+        data: the prompts to learn on.
+        ablation: what replaces the activation that an edge carries when it is cut.
+        metric: what the circuit is to preserve; greater is better.
+        options: see TopkMaskConfig.
+        state: a file to go on from after a kill; see `mask_training.train`.
+
+    Returns:
+        Scores; all zeros where no edge matters.
+
+    Raises:
+        StateError: `state` is damaged, or of a training with other settings.
+
+    Source: matryoshka attribution (arXiv 2609.25518) and its released trainer.py, with k drawn log-uniformly.
+    """
+    objective = build_objective(graph, data, ablation, metric)
+    if objective is None:
+        return like(graph, 0.0)
+    scores = torch.zeros(n_edges(graph.edges), device=graph.model.unembed.weight.device)
+    end = train(
+        new_state(scores), lambda s, k, generator: _step(objective, s, k, generator, options), options.steps,
+        options.seed, state, about(graph, data, ablation, metric, options),
+    )  # fmt: skip
+    return unflat(graph, end["values"])
+
+
+def _step(objective: Objective, state: State, k: int, generator: torch.Generator, options: TopkMaskConfig) -> None:
+    scores = state["values"].detach().requires_grad_()
+    size = math.exp(torch.rand((), generator=generator).item() * math.log(len(scores)))
+    loss = objective.loss(masks_of_size(scores, size, options.temperature), options.batch, generator)
+    (gradient,) = torch.autograd.grad(loss, scores)
+    adam_(state["values"], gradient, state, k, options.lr)
+
+
+def masks_of_size(scores: Tensor, size: float, temperature: float) -> Tensor:
+    """Masks sigmoid((score - tau) / temperature) that sum to `size`, in (0, n); gradients flow through tau too."""
+    values = scores.detach().double() / temperature
+    low, high = values.min() - 40, values.max() + 40
+    for _ in range(60):
+        middle = (low + high) / 2
+        over = torch.sigmoid(values - middle).sum() > size
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    m = torch.sigmoid(values - low)
+    share = (m * (1 - m) / (m * (1 - m)).sum()).to(scores.dtype)  # d tau / d score, since the sum stays what it is
+    tau = temperature * low.to(scores.dtype) + share @ (scores - scores.detach())
+    return torch.sigmoid((scores - tau) / temperature)
