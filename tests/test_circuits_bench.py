@@ -10,6 +10,7 @@ import torch
 from sparsetrain.bench import circuits, circuits_report, known_circuits, run
 from sparsetrain.bench.kernels import BenchError
 from sparsetrain.cli import main
+from sparsetrain.config import EdgeMaskOptions, TopkMaskOptions
 from sparsetrain.pruning.edges import batches, flat, n_edges, unflat
 
 CPU = torch.device("cpu")
@@ -38,10 +39,13 @@ def test_the_truth_is_judged_right_and_its_opposite_wrong(known, case):
     circuit = known[case]
     right = flat(circuit.graph, circuit.edges).float()
     found = circuits.judge(circuit, prompts(circuit), scores_of(circuit, right))
-    assert found["auroc"] == 1 and found["top"] and found["exact"]
+    assert found["auroc"] == 1 and found["top"] and found["exact"] and found["cleaned"]
     assert found["n_cut"] == found["n_hit"] == found["n_circuit"] == n_edges(circuit.edges)
     wrong = circuits.judge(circuit, prompts(circuit), scores_of(circuit, -right))
     assert wrong["auroc"] == 0 and not wrong["top"] and not wrong["exact"]
+    assert wrong["cleaned"] and wrong["n_cleaned"] == found["n_cut"], (
+        "cleaning mends a ranking where there is one circuit"
+    )
     assert wrong["n_cut"] > found["n_cut"] and wrong["n_hit"] == found["n_cut"]
 
 
@@ -115,7 +119,16 @@ ENVIRONMENT = {
 def test_the_tables_say_means_over_seeds_beside_the_baseline():
     row = {"program": "hist", "ablation": "corrupted", "n_edges": 13, "n_circuit": 4, "n_cut": 4, "n_hit": 4}
     rows = [
-        {**row, "method": "eap", "seed": seed, "auroc": auroc, "top": top, "exact": top, "seconds": seconds}
+        {
+            **row,
+            "method": "eap",
+            "seed": seed,
+            "auroc": auroc,
+            "top": top,
+            "exact": top,
+            "cleaned": True,
+            "seconds": seconds,
+        }
         for seed, auroc, top, seconds in ((0, 0.5, False, 1.0), (1, 1.0, True, 5.0), (2, 0.9, True, 2.0))
     ]
     text = circuits_report.summary({"environment": ENVIRONMENT, "rows": rows})
@@ -143,9 +156,16 @@ def test_the_command_runs_a_users_programs_alone(tmp_path, monkeypatch, capsys):
         run.bench("circuits", CPU, out, publish=tmp_path, programs=tmp_path / "mine")
 
 
-def test_every_method_of_the_benchmark_ranks_a_small_circuit(known):
+def test_every_method_of_the_benchmark_ranks_a_small_circuit(known, monkeypatch):
     circuit = known["add", "corrupted"]
-    rows = circuits.compare(circuits.rankers(), [circuit], (0,), lambda _: None)
+    monkeypatch.setattr(circuits, "EdgeMaskOptions", lambda: EdgeMaskOptions(steps=100))
+    monkeypatch.setattr(circuits, "TopkMaskOptions", lambda: TopkMaskOptions(steps=100))
+    rows = circuits.compare(circuits.rankers(), [circuit], (0, 1), lambda _: None)
+    once = {row["method"] for row in rows} - {row["method"] for row in rows if row["seed"] == 1}
+    assert once == set(circuits.DRAWS_NOTHING)
     by_method = {row["method"]: row for row in rows}
     assert by_method.keys() == circuits.rankers().keys()
-    assert all(row["top"] and row["exact"] for name, row in by_method.items() if name != "random")
+    assert all(
+        by_method[name]["top"] and by_method[name]["exact"] for name in (*circuits.DRAWS_NOTHING, "gates_checked")
+    )
+    assert by_method["topk_masks"]["auroc"] > 0.9

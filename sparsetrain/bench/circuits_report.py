@@ -33,7 +33,8 @@ def summary(result: dict) -> str:
     seeds = sorted({row["seed"] for row in rows})
     head = (
         f"{env['device']}, {env['threads']} threads, torch {env['versions']['torch']}, Python {env['python']}, commit "
-        f"{env['commit']}, {env['date']}; seeds {', '.join(map(str, seeds))}. The circuit is the set of edges whose "
+        f"{env['commit']}, {env['date']}; seeds {', '.join(map(str, seeds))}, one "
+        "for what draws nothing. The circuit is the set of edges whose "
         "removal, one at a time, changes an output by more than 0.001; it was checked that it gives all outputs alone "
         "(* where it does not: there is no one circuit, and only the ranking is judged). `corrupted` puts another "
         "sequence's activations in the place of an edge. In brackets the figure of the protocol's re-implementation, "
@@ -43,6 +44,8 @@ def summary(result: dict) -> str:
         "**How often the cut circuit is exactly the known one.** The cut is the shortest beginning of the ranking that "
         "gives the model's outputs, without dangling edges; of the OR gate, whose two branches each suffice, one "
         f"branch or both count.\n\n{_table(rows, _exact, False)}",
+        "**The same of the cut that also drops every edge that can go**, as `sparsetrain prune` does: a circuit that "
+        f"is the only one is found from any ranking, in more runs from a bad one.\n\n{_table(rows, _cleaned, False)}",
         f"**AUROC of the ranking**\n\n{_table(rows, _auroc, True)}",
         f"**How often the circuit's edges score above all others**, ties not allowed\n\n{_table(rows, _top, True)}",
         f"**Seconds to rank**, median\n\n{_table(rows, _seconds, False)}",
@@ -84,6 +87,10 @@ def _baseline(program: str, ablation: str, method: str, cell: Callable) -> str |
 
 def _exact(rows: list[dict]) -> float | None:
     return None if rows[0]["exact"] is None else mean(row["exact"] for row in rows)
+
+
+def _cleaned(rows: list[dict]) -> float | None:
+    return None if rows[0]["cleaned"] is None else mean(row["cleaned"] for row in rows)
 
 
 def _auroc(rows: list[dict]) -> float:
