@@ -33,8 +33,12 @@ READS = {"q": "queries", "k": "keys", "v": "values", "": "an MLP or the logits"}
 LISTED = 400  # edges in the table
 PROMPTS = 4  # that attention is shown on
 
-EMBED = """Bokeh.embed.embed_item(JSON.parse(document.getElementById("figure-data").textContent))
-  .then(() => { document.body.dataset.ready = "yes"; });"""
+EMPTY = "<p>The circuit has no edge: with everything ablated the target is reached, or nothing was asked for.</p>"
+EMBED = """
+const figure = JSON.parse(document.getElementById("figure-data").textContent);
+const done = () => { document.body.dataset.ready = "yes"; };
+figure ? Bokeh.embed.embed_item(figure).then(done) : done();
+"""
 
 # Tapping a node leaves its own edges bright; tapping elsewhere brings all back.
 TAPPED = """
@@ -62,13 +66,14 @@ def write_component_page(page: Path, circuit: Circuit, model: Transformer, token
         prompts: pairs of the task that heads are shown on.
         words: `name` and `description` of the task.
     """
-    picture = script_json(renumbered(json_item(circuit_picture(circuit), "picture")))
+    drawn = renumbered(json_item(circuit_picture(circuit), "picture")) if circuit.edges else None
+    picture = script_json(drawn)
     library = Resources(mode="inline", components=["bokeh", "bokeh-widgets"], log_level="error").render_js()
     style = Path(__file__).with_name("circuit_page.css").read_text(encoding="utf-8")
     title = f"{words['name']}: a circuit of {circuit.settings['run']}"
     body = [
         _header(circuit, words),
-        '<section id="picture"></section>',
+        f'<section id="picture">{"" if drawn else EMPTY}</section>',
         _attention(circuit, model, tokenizer, prompts),
         _edge_table(circuit),
     ]

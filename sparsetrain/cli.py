@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--over-training", action="store_true", help="prune every kept checkpoint; draw when it forms")
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
+    made = add("overlap", _overlap, "Print how much circuits have in common: what is in both over what is in either.")
+    made.add_argument("circuits", nargs="+", help="folders of circuits of one graph, of several tasks or seeds, say")
+
     made = add(
         "bench",
         bench.command,
@@ -199,6 +202,13 @@ def _over_training(options: argparse.Namespace, config: PruneConfig) -> None:
     print(f"page: {write_formation_page(file)}")
 
 
+def _overlap(options: argparse.Namespace) -> None:
+    from sparsetrain.pruning.circuit import load_circuit, overlaps
+
+    for (a, b), (nodes, edges) in overlaps({folder: load_circuit(folder) for folder in options.circuits}).items():
+        print(f"nodes {nodes:.3f}  edges {edges:.3f}  {a}  {b}")
+
+
 def _device(options: argparse.Namespace):
     from sparsetrain.threads import use_faster_count
     from sparsetrain.train import pick_device
@@ -215,8 +225,10 @@ def _page(options: argparse.Namespace) -> None:
 
 def _measures_table(circuit) -> str:
     m = circuit.measures
+    cost = circuit.settings["cost"]
     rows = [
         ("circuit", f"{m['n_nodes']} nodes, {m['n_edges']} edges"),
+        ("found in", f"{cost['seconds']:.0f} s, {cost['peak_bytes'] / 2**30:.1f} GiB at most"),
         (
             "its held-out task loss",
             f"{m['task_loss']:.3f} +- {m['task_loss_se']:.3f}   (target {m['target_loss']}, chance 0.693)",
@@ -227,6 +239,11 @@ def _measures_table(circuit) -> str:
             f"{m['full_model_loss']:.3f}   (calibrated alike {m['full_model_loss_calibrated']:.3f})",
         ),
         ("KL to the full model", f"{m['kl']:.3f} nats"),
+        (
+            "its logit difference",
+            f"{m['logit_difference']:.3f}   (full model {m['full_model_logit_difference']:.3f}; faithfulness "
+            f"{'not defined' if m['faithfulness'] is None else format(m['faithfulness'], '.2f')})",
+        ),
         ("loss with the circuit ablated", f"{m['completeness_loss']:.3f}"),
         (
             f"loss with random {m['units']} ablated",
@@ -236,6 +253,11 @@ def _measures_table(circuit) -> str:
     if control := m.get("nonsense"):
         loss = f"loss {control['task_loss']:.3f}" if control["reached"] else "target not reached"
         rows.append(("nonsense control", f"{control['n_nodes']} nodes, {control['n_edges']} edges, {loss}"))
+    if found := m.get("alternatives"):
+        more = "" if found["complete"] else " at least"
+        rows.append(("minimal circuits near it", f"{found['n']}{more}, with {found['n_needed']} edges in all of them"))
+    if m.get("curve"):
+        rows.append(("areas of its ranking (MIB)", f"CPR {m['curve']['cpr']:.3f}, CMD {m['curve']['cmd']:.3f}"))
     return "\n".join([f"circuit of {circuit.task}", *(f"  {name:32} {value}" for name, value in rows)])
 
 

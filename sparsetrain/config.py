@@ -275,6 +275,9 @@ class PruneConfig:
         "weight-sparse model; node_masks always takes channels",
     )  # fmt: skip
     split_embedding: bool = option(False, "component graph: tokens and learned positions are sources of their own")
+    select: Literal["top", "greedy"] = option(
+        "top", "which edges a size takes: those of greatest score, or grown from the logits (component graph)"
+    )
     ablation: Literal["mean_data", "mean_task", "mean_position", "zero", "resample", "corrupted"] = option(
         "mean_data", "what replaces what is outside the circuit: means over the training corpus, over the task's "
         "prompts, or at each of their positions; zero; activations from elsewhere in the corpus, or of the partner",

@@ -1,6 +1,7 @@
 """Says what a figure was measured on: device, threads, versions, commit, date."""
 
 import platform
+import resource
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,6 +30,13 @@ def describe(device: torch.device) -> dict[str, object]:
         "platform": platform.platform(),
         "versions": {package: _version(package) for package in PACKAGES},
     }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory so far: of this process, or on CUDA of its tensors."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _version(package: str) -> str | None:

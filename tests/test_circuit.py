@@ -1,12 +1,13 @@
 """Circuit files: what is not whole or not ours is refused in words."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from sparsetrain.pruning.ablation import Ablation
-from sparsetrain.pruning.circuit import Circuit, CircuitError, Edge, load_circuit, save_circuit
+from sparsetrain.pruning.circuit import Circuit, CircuitError, Edge, load_circuit, overlaps, save_circuit
 from sparsetrain.pruning.evaluate import Calibration
 
 
@@ -51,3 +52,14 @@ def test_damaged_and_foreign_files_are_refused(circuit, tmp_path):
     (tmp_path / "c" / "masks.safetensors").write_bytes(b"short")
     with pytest.raises(CircuitError, match="must hold circuit.json and masks.safetensors"):
         load_circuit(tmp_path / "c")
+
+
+def test_overlaps_are_shares_of_what_is_in_either(circuit):
+    other = dataclasses.replace(circuit, edges=[], nodes={s: m.clone() for s, m in circuit.nodes.items()})
+    other.nodes["final_resid"][0] = True
+    found = overlaps({"a": circuit, "b": other, "c": circuit})
+    assert found == {("a", "b"): (2 / 3, 0.0), ("a", "c"): (1.0, 1.0), ("b", "c"): (2 / 3, 0.0)}
+    with pytest.raises(CircuitError, match="must be two or more, of one graph, got a: channel"):
+        overlaps({"a": circuit})
+    with pytest.raises(CircuitError, match="got a: channel, b: component"):
+        overlaps({"a": circuit, "b": dataclasses.replace(circuit, graph="component")})

@@ -66,9 +66,6 @@ def test_circuits_are_compared(adder):
     known, three = named_edges(graph, CIRCUIT), named_edges(graph, [*CIRCUIT[:2], ("positions", "m0")])
     assert curves.compare(graph, three, known) == {"precision": 2 / 3, "recall": 2 / 5, "exact": 0, "overlap": 2 / 6}
     assert curves.compare(graph, known, known)["exact"] == 1
-    assert curves.overlaps(graph, {"a": known, "b": three, "c": known}) == {
-        ("a", "b"): 2 / 6, ("a", "c"): 1, ("b", "c"): 2 / 6,
-    }  # fmt: skip
 
 
 def test_each_edge_of_a_sum_is_worth_its_branch(adder):

@@ -189,7 +189,6 @@ def test_flat_and_unflat_are_opposites_and_the_top_are_the_greatest():
     top = edges.top_edges(channel, groups, 7)
     assert edges.n_edges(top) == 7
     assert (edges.flat(channel, top) == (scores >= n - 7)).all()
-    assert edges.n_edges(edges.without(channel, top)) == n - 7
 
 
 def test_corrupted_prompts_are_asked_for_where_there_are_none():

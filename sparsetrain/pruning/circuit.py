@@ -1,7 +1,9 @@
 """A circuit: nodes, edges, what replaces the rest, and measures; saved as JSON and safetensors."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +99,24 @@ def list_edges(graph: EdgeGraph, edges: EdgeSet, scores: EdgeSet | None = None) 
             else:
                 found.append(Edge(sources[j], targets[i], score=score))
     return found
+
+
+def overlaps(circuits: Mapping[str, Circuit]) -> dict[tuple[str, str], tuple[float, float]]:
+    """The intersection over union of each two circuits' nodes, and of their edges; 1 where both are empty.
+
+    Raises:
+        CircuitError: there are fewer than two circuits, or they are of different graphs.
+    """
+    if len(circuits) < 2 or len({circuit.graph for circuit in circuits.values()}) > 1:
+        kinds = ", ".join(f"{name}: {circuit.graph}" for name, circuit in circuits.items())
+        raise CircuitError(f"circuits must be two or more, of one graph, got {kinds}")
+    nodes = {name: set(circuit.node_names()) for name, circuit in circuits.items()}
+    edges = {name: {edge.name for edge in circuit.edges} for name, circuit in circuits.items()}
+    return {(a, b): (_share(nodes[a], nodes[b]), _share(edges[a], edges[b])) for a, b in combinations(circuits, 2)}
+
+
+def _share(a: set[str], b: set[str]) -> float:
+    return len(a & b) / len(a | b) if a | b else 1.0
 
 
 def save_circuit(folder: Path, circuit: Circuit) -> None:

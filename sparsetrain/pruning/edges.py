@@ -83,11 +83,6 @@ def n_edges(edges: EdgeSet) -> int:
     return sum(int(kept.sum()) for kept in edges.values())
 
 
-def without(graph: EdgeGraph, edges: EdgeSet) -> EdgeSet:
-    """All edges of the graph that are not in `edges`."""
-    return {group: there & ~edges[group] for group, there in graph.edges.items()}
-
-
 def flat(graph: EdgeGraph, values: EdgeSet) -> Tensor:
     """The values at the graph's edges, one after another: (n_edges,)."""
     return torch.cat([values[group][there] for group, there in graph.edges.items()])

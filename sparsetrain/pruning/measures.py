@@ -48,6 +48,8 @@ def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
         task_loss, task_accuracy: of the circuit alone, calibrated (the target's terms); task_loss_se: the loss's
         standard error over the `n_prompts` held-out prompts; task_loss_uncalibrated.
         n_nodes, n_edges; n_dangling: units on no path that the target could not spare (see `cut.clean`).
+        logit_difference: right minus wrong, a mean over prompts, uncalibrated; faithfulness: how far it is from that
+        with everything ablated (0) to that of the full model (1); it may leave this range.
         kl: to the full model over the vocabulary, uncalibrated; agreement: share of prompts where circuit and model
         prefer the same answer.
         completeness_loss: of the full model with only the circuit ablated; random_ablation_loss: the same for random
@@ -81,6 +83,7 @@ def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
         "task_loss_uncalibrated": task_score(alone, heldout)[0],
         **sizes(space, cut.kept),
         "n_dangling": n_units(cut.kept) - n_units(space.connected(cut.kept)),
+        **faithfulness(problem, heldout, alone, full_logits),
         "kl": kl_divergence(full_logits, alone),
         "agreement": same.float().mean().item(),
         "completeness_loss": task_score(without, heldout)[0],
@@ -93,6 +96,18 @@ def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
         "target_loss": config.target_loss,
         "train_loss": cut.loss,
         "chance_loss": CHANCE,
+    }
+
+
+def faithfulness(problem: Problem, heldout: TaskData, alone: Tensor, full: Tensor) -> dict[str, float | None]:
+    """The circuit's logit difference, and where it lies between nothing and the full model (Mueller et al. 2025)."""
+    nothing = {group: torch.zeros_like(there) for group, there in problem.space.everything.items()}
+    empty = problem.space.logits(heldout, nothing, problem.ablation)
+    ours, low, high = (Calibration()(logits, heldout).mean().item() for logits in (alone, empty, full))
+    return {
+        "logit_difference": ours,
+        "full_model_logit_difference": high,
+        "faithfulness": (ours - low) / (high - low) if high != low else None,
     }
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from sparsetrain import checkpoint
 from sparsetrain.config import ConfigError, PruneConfig, RunConfig
 from sparsetrain.data import evaluation_batches
 from sparsetrain.files import write_json
+from sparsetrain.machine import peak_bytes
 from sparsetrain.model import Transformer
 from sparsetrain.pruning import acdc, attribution, edge_masks, node_masks, topk_masks
 from sparsetrain.pruning.ablation import build_ablation
@@ -141,7 +143,9 @@ def prune(
     unfinished = folder.with_name(f".{folder.name}-unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     problem = Problem(space, train, ablation, config, unfinished)
+    started = time.perf_counter()
     cut, ranking, used = find(problem, METHODS[method])
+    cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes(torch.device(device))}
     if not cut.reached:
         answer = _unreached(chosen.name, folder, problem, heldout, cut)
         shutil.rmtree(unfinished)
@@ -163,7 +167,7 @@ def prune(
         problem = dataclasses.replace(problem, config=used, state=None)
         measures["nonsense"] = nonsense_control(problem, heldout, METHODS[method], tokenizer)
     effects = {space.name(unit): rise for unit, rise in unit_effects(problem, heldout, cut).items()}
-    settings = {"prune": dataclasses.asdict(used), "run": run.name, "task": _task_reference(task)}
+    settings = {"prune": dataclasses.asdict(used), "run": run.name, "task": _task_reference(task), "cost": cost}
     circuit = Circuit(
         chosen.name, method, space.kind, space.nodes(cut.kept), circuit_edges(space, cut.kept, ranking), ablation,
         cut.calibration, ranking, effects, measures, settings,
@@ -195,10 +199,13 @@ def make_space(model: Transformer, config: PruneConfig, method: str) -> Space:
         weights = [wire.weight for wire in wires(model)]
         share = sum(int((w != 0).sum()) for w in weights) / sum(w.numel() for w in weights)
         kind = "channel" if share < SPARSE else "component"
+    greedy = config.select == "greedy"
     if kind == "channel":
+        if greedy:
+            raise ConfigError("select=greedy must go with graph=component, got the channel graph; take select=top")
         return EdgeSpace(ChannelGraph(model))
     try:
-        return EdgeSpace(ComponentGraph(model, config.split_embedding))
+        return EdgeSpace(ComponentGraph(model, config.split_embedding), greedy)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

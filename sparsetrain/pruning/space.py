@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.model import Transformer
-from sparsetrain.pruning import component_graph, edges, evaluate, graph
+from sparsetrain.pruning import attribution, component_graph, edges, evaluate, graph
 from sparsetrain.pruning.ablation import Ablation, site_reader
 from sparsetrain.pruning.edges import EdgeGraph, EdgeSet
 from sparsetrain.pruning.graph import NodeSet
@@ -107,11 +107,12 @@ class NodeSpace:
 
 
 class EdgeSpace:
-    """Edges of a graph; see Space."""
+    """Edges of a graph; see Space. With `greedy` (component graph alone) they are taken from the logits down."""
 
     units = "edges"
 
-    def __init__(self, of: EdgeGraph):
+    def __init__(self, of: EdgeGraph, greedy: bool = False):
+        self.greedy = greedy
         self.of, self.kind, self.model = of, of.kind, of.model
         self.everything, self.read, self.connected = of.edges, of.read, of.connected
 
@@ -119,7 +120,7 @@ class EdgeSpace:
         return edges.all_answer_logits(self.of, data, kept, ablation)
 
     def top(self, ranking: dict[str, Tensor], n: int) -> Units:
-        return edges.top_edges(self.of, ranking, n)
+        return attribution.grow(self.of, ranking, n) if self.greedy else edges.top_edges(self.of, ranking, n)
 
     def together(self, unit: Unit) -> list[Unit]:
         return [unit]
