@@ -19,7 +19,8 @@ class Reading:
 
 def readings(measures: Measures) -> list[Reading]:
     """The table of measures; rows whose numbers are not there are left out."""
-    rows = [_size, _loss, _accuracy, _agreement, _kl, _completeness, _random_circuits, _nonsense]
+    rows = [_size, _loss, _accuracy, _agreement, _kl, _completeness, _random_circuits, _nonsense, _curve,
+            _alternatives]  # fmt: skip
     found = []
     for row in rows:
         try:
@@ -114,6 +115,25 @@ def _nonsense(m: Measures) -> Reading:
         f"{reached}; loss {_shown(control['task_loss'])}, this circuit {_shown(m['task_loss'])}",
         f"What the same search finds when the same prompts ask for {first!r} and {second!r}, which mean nothing; "
         "a circuit as small as that is no evidence of an algorithm.",
+    )  # fmt: skip
+
+
+def _curve(m: Measures) -> Reading:
+    curve = m["curve"]
+    return Reading(
+        "Its ranking", f"CMD {curve['cmd']:.3f}", f"CPR {curve['cpr']:.3f}; 0 and 1 would be the model at every size",
+        "Faithfulness of circuits of many sizes cut from the ranking, by the logit difference: the distance from the "
+        "full model (CMD, edges by magnitude) and the area under the curve (CPR, by signed score).",
+    )  # fmt: skip
+
+
+def _alternatives(m: Measures) -> Reading:
+    found = m["alternatives"]
+    return Reading(
+        "Minimal circuits near it", f"{found['n']}{'' if found['complete'] else ' or more'}",
+        f"{found['n_needed']:,} edges in all of them",
+        "Circuits that each do as well and of which no edge can go, among the edges of this one and as many of the "
+        "next best. More than one means that the model does the task in more than one way: see alternatives.json.",
     )  # fmt: skip
 
 
