@@ -75,10 +75,10 @@ def _partners(pair: AlignedPair, prompts: list[list[int]], tokenizer: Tokenizer)
     partners = [_ids(text, tokenizer) for text in pair.partners] if pair.partners else prompts[::-1]
     for text, ids, partner, wanted in zip((pair.positive, pair.negative), prompts, partners, pair.changed, strict=True):
         if len(ids) != len(partner):
-            raise Refused(f"{text!r} and its partner have {len(ids)} and {len(partner)} tokens, not as many")
+            raise Refused(f"{text[:60]!r} and its partner have {len(ids)} and {len(partner)} tokens, not as many")
         found = _texts([a for a, b in zip(ids, partner, strict=True) if a != b], tokenizer)
         if found != list(wanted):
-            raise Refused(f"{text!r} must have the tokens {list(wanted)}, got {found} there")
+            raise Refused(f"{text[:60]!r} must have the tokens {list(wanted)}, got {found} there")
     return partners
 
 

@@ -1,8 +1,9 @@
 """Four tasks on English text and a docstring, whose prompts have corrupted partners: one short generator a task.
 
 They are made for GPT-2's tokenizer, and serve any other in which the names, numbers and words that a partner exchanges
-are single tokens: a name with the blank before it, the two last digits of a year without. A prompt begins with its
-first word; no end-of-text token stands before it.
+are single tokens: a name with the blank before it, the two last digits of a year without. In GPT-2's all
+names, arguments and numbers of two digits are; of the years it reads some otherwise (half of those that begin with 11),
+and pairs with such a year are left out. A prompt begins with its first word; no end-of-text token stands before it.
 
 Source: the tasks are published (named at each); sentences, words and names here are ours.
 """
@@ -34,6 +35,7 @@ OBJECTS = words(
     "book letter ticket key basket lamp coat apple map coin ring camera newspaper bottle umbrella guitar blanket "
     "candle knife flower"
 )
+ARGUMENTS = [name for name in NAMES if len(name) > 1 and name != "cls"]
 GIVING = (
     "After {a} and {b} came back from the {place}, {giver} handed the {object} to",
     "While {a} and {b} were waiting at the {place}, {giver} offered the {object} to",
@@ -165,7 +167,7 @@ def docstring(rng: random.Random) -> AlignedPair:
     Source: Heimersheim and Janiak 2023. Differs: their names and descriptions are random words, and their corrupted
     prompts have other random names in the definition, the docstring or both; ours exchange two names.
     """
-    arguments = rng.sample([name for name in NAMES if len(name) > 1], rng.randint(4, 6))
+    arguments = rng.sample(ARGUMENTS, rng.randint(4, 6))
     n_documented = rng.randint(1, min(3, len(arguments) - 2))
     later = rng.randrange(n_documented + 1, len(arguments))
     swapped = list(arguments)
