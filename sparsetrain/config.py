@@ -136,6 +136,9 @@ class OptimOptions:
 class TrainOptions:
     steps: int = option(10_000, "optimiser steps", "steps", low=1)
     batch_size: int = option(64, "sequences in a step", "sequences", low=1)
+    stride: int = option(
+        1, "sequences begin at multiples of this many tokens; for documents that are all as long", "tokens", low=1
+    )
     accumulate: int = option(1, "parts a batch is split into to save memory", low=1)
     checkpoint_activations: bool = option(False, "recompute blocks in the backward pass to save memory")
     eval_every: int = option(500, "steps between evaluations on held-out text", "steps", low=1)

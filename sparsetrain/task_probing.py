@@ -80,8 +80,7 @@ def reflexive(rng: random.Random) -> Pair:
 def squares_mod(p: int) -> ProbingTask:
     """The task of a^2 - b^2 mod p, whose intermediate variables are a^2 and -b^2.
 
-    Source: Lepori et al. 2023, where p is 113. Differs: a and b have tokens of their own. The trainer's windows start
-    anywhere in the corpus, so a position cannot tell the two apart.
+    Source: Lepori et al. 2023, where p is 113.
     """
 
     def draw(rng: random.Random) -> Pair:
@@ -92,7 +91,7 @@ def squares_mod(p: int) -> ProbingTask:
         return Pair(equation(*first), equation(*second), str(_squares(*first, p)), str(_squares(*second, p)))
 
     draw.__name__ = f"squares_mod_{p}"
-    draw.__doc__ = f"The difference of two squares modulo {p}: `a3 b2 =` with `{5 % p}`."
+    draw.__doc__ = f"The difference of two squares modulo {p}: `3 2 =` with `{5 % p}`."
     values = {
         "a_squared": lambda a, b: a * a, "minus_b_squared": lambda a, b: -b * b,
         "sum": lambda a, b: a + b, "difference": lambda a, b: a - b,
@@ -103,11 +102,13 @@ def squares_mod(p: int) -> ProbingTask:
 
 def equation(a: int, b: int) -> str:
     """The prompt that asks for a^2 - b^2; the answer's token follows."""
-    return f"a{a} b{b} = "
+    return f"{a} {b} = "
 
 
 def write_squares(folder: str | Path, p: int) -> None:
     """Write a corpus of all p^2 equations and its tokenizer: what `configs/modular.yaml` trains on.
+
+    With its end-of-text each equation is 5 tokens: sequences that begin at multiples of 5 begin with a.
 
     Args:
         folder: gets `equations.jsonl`, one document an equation, and `tokenizer.json`, one token a word.
@@ -116,10 +117,9 @@ def write_squares(folder: str | Path, p: int) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [(a, b) for a in range(p) for b in range(p)]
-    random.Random(0).shuffle(pairs)  # else the last equation would say which comes next
     rows = [json.dumps({"text": f"{equation(a, b)}{_squares(a, b, p)}"}) + "\n" for a, b in pairs]
     write_whole(folder / "equations.jsonl", "".join(rows).encode())
-    names = ["<|endoftext|>", "=", *(f"{operand}{n}" for operand in ("a", "b", "") for n in range(p))]
+    names = ["<|endoftext|>", "=", *map(str, range(p))]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     write_whole(folder / "tokenizer.json", tokenizer.to_str().encode())
