@@ -138,6 +138,9 @@ class OptimOptions:
 class TrainOptions:
     steps: int = option(10_000, "optimiser steps", "steps", low=1)
     batch_size: int = option(64, "sequences in a step", "sequences", low=1)
+    stride: int = option(
+        1, "sequences begin at multiples of this many tokens; for documents that are all as long", "tokens", low=1
+    )
     accumulate: int = option(1, "parts a batch is split into to save memory", low=1)
     checkpoint_activations: bool = option(False, "recompute blocks in the backward pass to save memory")
     eval_every: int = option(500, "steps between evaluations on held-out text", "steps", low=1)
@@ -195,6 +198,27 @@ class RunConfig:
         if d.source in ("text", "json", "parquet") and not d.paths:
             found.append(f"data.paths must list files, folders or globs when data.source is {d.source}, got none")
         return found
+
+
+@dataclass(frozen=True)
+class ProbingOptions:
+    """One search for the neurons that compute a variable; defaults are those of Lepori et al. 2023."""
+
+    variable: str | None = option(None, "which variable of the task; null: its first")
+    sublayer: str = option("blocks.0.attn", "the attention or the MLP of a block, as blocks.0.attn or blocks.2.mlp")
+    position: int = option(-1, "the token that is probed, counted from the prompt's end: -1 is its last", high=-1)
+    ablation: Literal["zero", "mean_data", "mean_task"] = option("zero", "what replaces a neuron that is masked")
+    epochs: int = option(90, "passes over the training prompts", low=1)
+    batch_size: int = option(500, "prompts in a step", "prompts", low=2)
+    lr: float = option(1e-3, "AdamW's learning rate", low=0)
+    count_penalty: float = option(1e-6, "loss per neuron kept", "nats", low=0)
+    final_temperature: float = option(200, "what mask parameters are multiplied by at the end; 1 at the start", low=1)
+    train_pairs: int = option(2000, "prompt pairs masks are learnt on; a prompt that recurs counts once", low=2)
+    heldout_pairs: int = option(2000, "prompt pairs the measures are taken on", low=2)
+    reference_tokens: int = option(65_536, "corpus tokens that means are taken over", "tokens", low=1)
+    random_sets: int = option(5, "random neuron sets of the same size, of each kind", low=1)
+    controls: bool = option(True, "also search for shuffled labels and for variables that the answer does not need")
+    seed: int = option(0, "seed of prompts, batches, exemplars, random sets and shuffles", low=0)
 
 
 @dataclass(frozen=True)

@@ -115,18 +115,25 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def batch(tokens: np.ndarray, seed: int, index: int, rank: int, batch_size: int, n_ctx: int) -> tuple[Tensor, Tensor]:
-    """Batch `index` of a run: inputs and targets, both (batch_size, n_ctx) int64; windows drawn uniformly."""
-    starts = np.random.default_rng((seed, rank, index)).integers(0, len(tokens) - n_ctx, batch_size)
+def batch(
+    tokens: np.ndarray, seed: int, index: int, rank: int, batch_size: int, n_ctx: int, stride: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Batch `index` of a run: inputs and targets, both (batch_size, n_ctx) int64; windows drawn uniformly from those
+    that start at a multiple of `stride`."""
+    n_starts = -(-(len(tokens) - n_ctx) // stride)
+    starts = np.random.default_rng((seed, rank, index)).integers(0, n_starts, batch_size) * stride
     return _windows(tokens, starts, n_ctx)
 
 
 def evaluation_batches(
-    tokens: np.ndarray, n_batches: int, batch_size: int, n_ctx: int
+    tokens: np.ndarray, n_batches: int, batch_size: int, n_ctx: int, stride: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows spread evenly over `tokens`, without overlap as long as there is room; the same ones each time."""
-    n_windows = min(n_batches * batch_size, max(1, (len(tokens) - 1) // n_ctx))
-    starts = np.linspace(0, len(tokens) - n_ctx - 1, n_windows).astype(np.int64)
+    """Windows spread evenly over `tokens`, without overlap as long as there is room; the same ones each time.
+
+    They start at multiples of `stride`.
+    """
+    n_windows = min(n_batches * batch_size, max(1, (len(tokens) - 1) // max(n_ctx, stride)))
+    starts = np.linspace(0, len(tokens) - n_ctx - 1, n_windows).astype(np.int64) // stride * stride
     for first in range(0, n_windows, batch_size):
         yield _windows(tokens, starts[first : first + batch_size], n_ctx)
 

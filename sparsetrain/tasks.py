@@ -27,6 +27,7 @@ from torch import Tensor
 from sparsetrain.task_encoding import Encoded, Refused, encode_pair
 from sparsetrain.task_files import TaskError, linked_groups, read_pairs
 from sparsetrain.task_language import LANGUAGE_GENERATORS
+from sparsetrain.task_probing import PROBING_TASKS, probing_task
 from sparsetrain.task_prompts import GENERATORS, NAME_ANSWERS, Pair
 
 log = logging.getLogger(__name__)
@@ -106,8 +107,9 @@ def load_task(name_or_path: str) -> Task:
     """Find a built-in task by its name, or read one from a file.
 
     Args:
-        name_or_path: one of TASKS, or the path of a .jsonl file; each line is an object with the keys
-            `positive` and `negative` (the prompts), `positive_answer` and `negative_answer` (single tokens).
+        name_or_path: one of TASKS, a probing task (see `task_probing`), or the path of a .jsonl file; each line is an
+            object with the keys `positive` and `negative` (the prompts), `positive_answer` and `negative_answer`
+            (single tokens).
 
     Returns:
         The task. A file's task is named after the file.
@@ -117,9 +119,11 @@ def load_task(name_or_path: str) -> Task:
     """
     if name_or_path in TASKS:
         return TASKS[name_or_path]
+    if probing := probing_task(name_or_path):
+        return replace(_built_in(probing.draw), whole_answers=True, from_file=True)  # a small modulus has few pairs
     path = Path(name_or_path)
     if path.suffix != ".jsonl":
-        near = difflib.get_close_matches(name_or_path, TASKS, n=3, cutoff=0.4) or list(TASKS)
+        near = difflib.get_close_matches(name_or_path, [*TASKS, *PROBING_TASKS], n=3, cutoff=0.4) or list(TASKS)
         raise TaskError(
             f"task must be a built-in name or the path of a .jsonl file, got {name_or_path!r}; "
             f"the nearest names are {', '.join(near)}"

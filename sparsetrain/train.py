@@ -161,7 +161,7 @@ def evaluate(run: Training) -> float:
     sums = [
         (_loss(run, run.model.loss, x.to(run.device), y.to(run.device)).item(), len(x))
         for x, y in evaluation_batches(
-            run.corpus.tokens("val"), c.train.eval_batches, c.train.batch_size, c.model.n_ctx
+            run.corpus.tokens("val"), c.train.eval_batches, c.train.batch_size, c.model.n_ctx, c.train.stride
         )
     ]
     run.model.train()
@@ -277,7 +277,7 @@ def _loop(run: Training) -> None:
             if n_threads != torch.get_num_threads():
                 torch.set_num_threads(n_threads)
             began = time.perf_counter()
-            x, y = batch(tokens, c.run.seed, run.step, 0, c.train.batch_size, c.model.n_ctx)
+            x, y = batch(tokens, c.run.seed, run.step, 0, c.train.batch_size, c.model.n_ctx, c.train.stride)
             loss, rms = train_step(run, loss_of, x.to(run.device), y.to(run.device))
             logs, last = run.step % c.train.log_every == 0, run.step == c.train.steps
             losses.add(loss)
@@ -370,7 +370,8 @@ def _refuse_broken(run: Training) -> None:
     """A checkpoint must not replace a good one if training cannot go on from it: look at the next step's loss."""
     c = run.config
     tokens = run.corpus.tokens("train")
-    x, y = batch(tokens, c.run.seed, run.step, 0, c.train.batch_size // c.train.accumulate, c.model.n_ctx)
+    n_sequences = c.train.batch_size // c.train.accumulate
+    x, y = batch(tokens, c.run.seed, run.step, 0, n_sequences, c.model.n_ctx, c.train.stride)
     loss = _loss(run, run.model.loss, x.to(run.device), y.to(run.device)).item()
     if not math.isfinite(loss) or not all(bool(p.isfinite().all()) for p in run.model.parameters()):
         raise TrainingError(_not_finite(run, f"the loss became {loss}", run.step + 1))

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from sparsetrain.config import DataOptions
 from sparsetrain.data import DataError, batch, evaluation_batches, prepare, train_tokenizer
@@ -188,3 +189,11 @@ def test_the_tokenizer_round_trips_any_text_and_follows_the_papers_pieces():
     pieces = [p for p, _ in tokenizer.pre_tokenizer.pre_tokenize_str("f(12345):\n  x")]
     assert pieces == ["f", "(", "123", "45", "):Ċ", "Ġ", "Ġx"]
     assert tokenizer.token_to_id("<|endoftext|>") == 0
+
+
+def test_windows_start_at_multiples_of_the_stride():
+    tokens = np.arange(51, dtype=np.uint16)
+    drawn = torch.cat([batch(tokens, 0, i, 0, 64, 3, stride=5)[0][:, 0] for i in range(8)])
+    assert sorted(drawn.unique().tolist()) == list(range(0, 50, 5)), "every multiple that leaves room, and no other"
+    spread = torch.cat([x for x, _ in evaluation_batches(tokens, 9, 4, 3, stride=5)])
+    assert spread[:, 0].tolist() == list(range(0, 50, 5))
