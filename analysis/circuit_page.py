@@ -17,7 +17,7 @@ from bokeh.resources import Resources
 from sparsetrain.analysis.circuit_data import Text, page_data
 from sparsetrain.analysis.circuit_figure import circuit_figure
 from sparsetrain.analysis.component_page import script_json, write_component_page
-from sparsetrain.analysis.snippets import corpus_windows
+from sparsetrain.analysis.snippets import WINDOWS, corpus_windows
 from sparsetrain.checkpoint import load_run, run_corpus
 from sparsetrain.files import write_whole
 from sparsetrain.pruning.circuit import load_circuit
@@ -83,9 +83,16 @@ def write_page(run: str | Path, circuit_folder: str | Path) -> Path:
     page = Path(circuit_folder) / "circuit.html"
     if circuit.graph == "component":
         return write_component_page(page, circuit, model, tokenizer, prompts, words)
-    windows = corpus_windows(run_corpus(run, config), config.model.n_ctx)
+    if config.data.source == "none":
+        more = encode_task(task, tokenizer, WINDOWS // 2, "heldout", 1, config.model.n_ctx)
+        windows, source = (
+            more.tokens[:, : int(more.end.min()) + 1],
+            "the task's prompts (no corpus came with the model)",
+        )
+    else:
+        windows, source = corpus_windows(run_corpus(run, config), config.model.n_ctx), "the corpus"
     data, layout = page_data(circuit, Text(tokenizer, windows, prompts), model, config)
-    data = {"task": words, "load_from": Path(run).as_posix(), **data}
+    data = {"task": words, "windows_of": source, "load_from": Path(run).as_posix(), **data}
     title = f"{task.name}: a circuit of {data['facts']['run']}"
     write_whole(page, _fill(title, data, circuit_figure(data, layout)).encode())
     return page

@@ -51,7 +51,7 @@ function circuitPanel(data, choose) {
       note(`Activation in the full model, held-out pairs; ${legendOf(scale)}`),
       pairs(node, scale),
       make("h2", { textContent: "On held-out text" }),
-      note(`Highest peaks in ${data.windows.length} windows of the corpus, full model, one from a window; same colours.`),
+      note(`Highest peaks in ${data.windows.length} windows of ${data.windows_of}, full model, one from a window; same colours.`),
       ...snippets("Most positive", node.corpus.positive, scale),
       ...snippets("Most negative", node.corpus.negative, scale),
     ];

@@ -8,6 +8,7 @@ from pathlib import Path
 from sparsetrain.bench import command as bench
 from sparsetrain.config import (
     ConfigError,
+    ProbingOptions,
     PruneConfig,
     RunConfig,
     config_to_yaml,
@@ -170,10 +171,13 @@ def _tasks(options: argparse.Namespace) -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
-    config = load_config(PruneConfig, options.config)
+    probing = options.method == "probing"
+    config = load_config(ProbingOptions if probing else PruneConfig, options.config)
     if options.print_config:
         print(config_to_yaml(config), end="")
         return
+    if probing:
+        return _probe(options, config)
     if options.over_training:
         return _over_training(options, config)
     from sparsetrain.analysis.circuit_page import write_page
@@ -191,6 +195,15 @@ def _prune(options: argparse.Namespace) -> None:
     for caution in cautions(found.measures):
         print(f"  - {caution}")
     print(f"page: {write_page(options.run, folder)}")
+
+
+def _probe(options: argparse.Namespace, config: ProbingOptions) -> None:
+    from sparsetrain.pruning.probing_run import probe_run
+
+    found = probe_run(options.run, options.task, config, _device(options))
+    print(f"{found.variable} in {found.sublayer}: {', '.join(found.neuron_names()) or 'no neuron'}")
+    for name, measures in {"": found.measures, **found.controls}.items():
+        print("\n".join([f"control: {name}"] * bool(name) + [f"  {key:40} {value}" for key, value in measures.items()]))
 
 
 def _over_training(options: argparse.Namespace, config: PruneConfig) -> None:

@@ -46,7 +46,7 @@ def test_effects_are_what_ablating_each_unit_alone_does(problem):
 def test_random_nodes_match_the_circuit_site_by_site_and_avoid_it(problem):
     nodes = {site: torch.zeros_like(mask) for site, mask in problem.space.everything.items()}
     nodes["blocks.0.q"][:7], nodes["blocks.1.mlp_act"][5:9], nodes["blocks.0.v"][:30] = True, True, True
-    drawn = space.random_like(problem.space, nodes, torch.Generator().manual_seed(0))
+    drawn = space.random_like(problem.space.everything, nodes, torch.Generator().manual_seed(0))
     assert {s: int(m.sum()) for s, m in drawn.items()} == {s: int(m.sum()) for s, m in nodes.items()}
     assert not (drawn["blocks.0.q"] & nodes["blocks.0.q"]).any()
     assert int((drawn["blocks.0.v"] & nodes["blocks.0.v"]).sum()) == 28, "only as many as there is no other room for"
@@ -56,12 +56,12 @@ def test_random_nodes_match_the_circuit_site_by_site_and_avoid_it(problem):
 def test_random_edges_are_edges(loaded, made):
     of = EdgeSpace(made(loaded[0]))
     kept = of.top({group: torch.rand(there.shape) for group, there in of.everything.items()}, 9)
-    drawn = space.random_like(of, kept, torch.Generator().manual_seed(0))
+    drawn = space.random_like(of.everything, kept, torch.Generator().manual_seed(0))
     assert space.n_units(drawn) == 9
     for group, there in of.everything.items():
         assert not (drawn[group] & ~there).any()
         assert int(drawn[group].sum()) == int(kept[group].sum())
-    rest = space.complement(of, kept)
+    rest = space.complement(of.everything, kept)
     assert space.n_units(rest) == space.n_units(of.everything) - 9
 
 

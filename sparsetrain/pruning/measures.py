@@ -62,9 +62,11 @@ def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(config.seed)
     full_logits = full_model_logits(space.model, heldout)
     alone = space.logits(heldout, cut.kept, ablation)
-    without = space.logits(heldout, complement(space, cut.kept), ablation)
-    randoms = [random_like(space, cut.kept, generator) for _ in range(config.random_sets)]
-    random_without = [task_score(space.logits(heldout, complement(space, r), ablation), heldout)[0] for r in randoms]
+    without = space.logits(heldout, complement(space.everything, cut.kept), ablation)
+    randoms = [random_like(space.everything, cut.kept, generator) for _ in range(config.random_sets)]
+    random_without = [
+        task_score(space.logits(heldout, complement(space.everything, r), ablation), heldout)[0] for r in randoms
+    ]
     random_alone = [
         task_score(space.logits(heldout, r, ablation), heldout, calibrate(space.logits(fitted, r, ablation), fitted))[0]
         for r in randoms

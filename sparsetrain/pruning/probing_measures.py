@@ -10,10 +10,11 @@ from torch import Tensor
 from sparsetrain.config import ProbingOptions
 from sparsetrain.model import Transformer
 from sparsetrain.pruning.ablation import BATCH, Ablation
-from sparsetrain.pruning.evaluate import Calibration, all_answer_logits, random_like
-from sparsetrain.pruning.graph import NodeSet, complement, n_nodes
+from sparsetrain.pruning.evaluate import Calibration, all_answer_logits
+from sparsetrain.pruning.graph import NodeSet, n_nodes
 from sparsetrain.pruning.probing import Found, Sublayer
 from sparsetrain.pruning.probing_data import ProbeData
+from sparsetrain.pruning.space import random_like
 
 EXEMPLAR_DRAWS = 10  # one draw of exemplars is a noisy judge
 
@@ -44,9 +45,9 @@ def measure_probing(
     sublayer = Sublayer(model, options.sublayer)
     generator = torch.Generator().manual_seed(options.seed)
     neurons = found.neurons
-    others = [random_like(neurons, generator) for _ in range(options.random_sets)]
-    any_ = [_random_of_all(neurons, generator) for _ in range(options.random_sets)]
     everything = {site: torch.ones_like(mask) for site, mask in neurons.items()}
+    others = [random_like(everything, neurons, generator) for _ in range(options.random_sets)]
+    any_ = [_random_of_all(neurons, generator) for _ in range(options.random_sets)]
     judge = _judge(sublayer, data, ablation, options)
     knn_random = [judge(nodes) for nodes in any_]
     measures: dict[str, Any] = {
@@ -77,7 +78,7 @@ def exemplar_accuracy(exemplars: Tensor, classes: Tensor, updates: Tensor, label
 
 def behaviour(model: Transformer, data: ProbeData, nodes: NodeSet | None, ablation: Ablation) -> tuple[float, float]:
     """How often a model without some neurons puts the right answer first, and how often above the wrong one."""
-    kept = {} if nodes is None else complement(nodes)
+    kept = {} if nodes is None else {site: ~mask for site, mask in nodes.items()}
     logits = all_answer_logits(model, data.prompts, kept, ablation)
     first = (logits.argmax(-1) == data.prompts.correct).float().mean().item()
     return first, (Calibration()(logits, data.prompts) > 0).float().mean().item()

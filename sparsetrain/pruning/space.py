@@ -156,15 +156,15 @@ def without(kept: Units, dropped: list[Unit]) -> Units:
     return fewer
 
 
-def complement(space: Space, kept: Units) -> Units:
+def complement(everything: Units, kept: Units) -> Units:
     """All units that are not in `kept`."""
-    return {group: there & ~kept[group] for group, there in space.everything.items()}
+    return {group: there & ~kept[group] for group, there in everything.items()}
 
 
-def random_like(space: Space, kept: Units, generator: torch.Generator) -> Units:
+def random_like(everything: Units, kept: Units, generator: torch.Generator) -> Units:
     """Random units, as many in each group as `kept` has there, none of them in it where there is room."""
     drawn = {}
-    for group, there in space.everything.items():
+    for group, there in everything.items():
         n = int(kept[group].sum())
         outside = (there & ~kept[group]).flatten().float() - 2 * (~there).flatten().float()
         order = torch.rand(len(outside), generator=generator).to(outside.device) + outside
