@@ -196,6 +196,31 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class AttributionOptions:
+    """How edges are scored by gradients; steps are the published ones."""
+
+    estimator: Literal["eap", "eap_ig_inputs", "eap_ig_activations", "gates", "gates_checked", "exact"] = option(
+        "gates_checked", "gates: gradients integrated over the edges' gates; gates_checked: the best then patched"
+    )
+    ig_steps: int = option(5, "points between a replacement and an activation, of eap_ig_*", "runs", low=1)
+    gate_points: int = option(11, "points of the integral over the gates", "runs", low=1)
+    check_runs: int = option(32, "what gates_checked spends on patching, in runs of all prompts", "runs", low=1)
+    batch_prompts: int = option(32, "prompts in one forward pass", "prompts", low=1)
+    seed: int = option(0, "seed of resampled replacements and of the prompts that are patched", low=0)
+
+
+@dataclass(frozen=True)
+class AcdcOptions:
+    """Thresholds of automatic circuit discovery (Conmy et al. 2023)."""
+
+    tau: float = option(0.0575, "an edge is cut where the metric falls by less", "units of the metric", low=0)
+    lowest_tau: float = option(1e-6, "least threshold of a ranking", "units of the metric", low=1e-12)
+    highest_tau: float = option(1.0, "greatest threshold of a ranking", "units of the metric", low=1e-12)
+    n_taus: int = option(31, "thresholds of a ranking, evenly spaced in the logarithm", low=1)
+    seed: int = option(0, "seed of resampled replacements", low=0)
+
+
+@dataclass(frozen=True)
 class EdgeMaskConfig:
     """Edge Pruning: hard concrete masks. Defaults that are not the published ones: see edge_masks.py."""
 

@@ -36,8 +36,10 @@ def test_the_exact_circuit_of_xproportion_is_found():
     values = edges.flat(circuit.graph, scores)
     assert values[truth].min() > values[~truth].max(), "every edge of the circuit stays open longer than any other"
 
+    prompts = list(edges.batches(circuit.graph, circuit.data, circuit.ablation))
+
     def change(kept):
-        return known_circuits.change(circuit.graph, circuit.data, circuit.ablation, kept)
+        return known_circuits.change(circuit.graph, prompts, kept)
 
     cut = edge_cut.smallest(circuit.graph, scores, change, known_circuits.TOLERANCE)
     assert cut.reached

@@ -8,12 +8,17 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command can be told."""
     parser.add_argument(
-        "what", nargs="?", choices=("kernels", "step", "rules"), default="kernels",
-        help="kernels (default): each op; step: whole training steps; rules: losses under different training rules",
+        "what", nargs="?", choices=("kernels", "step", "rules", "circuits"), default="kernels",
+        help="kernels (default): each op; step: whole training steps; rules: losses under different training rules; "
+        "circuits: methods that rank edges, on circuits that are known",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--quick", action="store_true", help="small sizes: seconds in place of minutes")
+    parser.add_argument(
+        "--programs", type=Path, metavar="PATH",
+        help="for circuits: a .py file of RASP programs (needs tracr-pypi), or a folder of compiled ones",
+    )  # fmt: skip
     parser.add_argument("--out", default="bench.json", help="where the figures are written (default bench.json)")
     parser.add_argument(
         "--publish", nargs="?", const="docs", metavar="FOLDER",
@@ -26,7 +31,7 @@ def command(options: argparse.Namespace) -> None:
     """Run the benchmark and print its tables.
 
     Raises:
-        BenchError: an op's result is wrong, or there is no such device.
+        BenchError: an op's result is wrong, or there is no such device or program.
     """
     import torch
 
@@ -39,7 +44,7 @@ def command(options: argparse.Namespace) -> None:
         raise BenchError("--device must be auto or cpu on a machine without a CUDA device, got cuda")
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     publish = None if options.publish is None else Path(options.publish)
-    print(run.bench(options.what, device, Path(options.out), options.quick, publish))
+    print(run.bench(options.what, device, Path(options.out), options.quick, publish, options.programs))
 
 
 if __name__ == "__main__":

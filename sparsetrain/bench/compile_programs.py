@@ -1,7 +1,7 @@
 """Compiles RASP programs with Tracr into transformers of ours, each one small file that needs no Tracr to be read.
 
-`python -m sparsetrain.bench.compile_programs FILE.py FOLDER`; programs/protocol.py shows what such a file holds. Tracr is
-imported here alone: `pip install tracr-pypi` brings it, with jax.
+`python -m sparsetrain.bench.compile_programs FILE.py FOLDER`; programs/protocol.py shows what such a file holds. Tracr
+is imported here alone: `pip install tracr-pypi` brings it, with jax.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def compile_file(source: Path, folder: Path) -> list[Path]:
     """Compile every program of a Python file.
 
     Args:
-        source: a file that defines PROGRAMS: for each name a dict of the fields of `Program`.
+        source: a file that defines PROGRAMS: for each name a tuple of what `Program` holds.
         folder: where `<name>.safetensors` of each is written.
 
     Returns:
@@ -71,9 +71,9 @@ def compile_file(source: Path, folder: Path) -> list[Path]:
         raise BenchError(f"{source} must find what it imports, got {error}; pip install tracr-pypi") from error
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        made = {name: Program(**values) for name, values in programs.items()}
+        made = {name: Program(*values) for name, values in programs.items()}
     except (AttributeError, TypeError) as error:
-        raise BenchError(f"{source} must define PROGRAMS, for each name a dict of {FIELDS}; got {error}") from error
+        raise BenchError(f"{source} must define PROGRAMS, for each name ({FIELDS}); got {error}") from error
     return [_compile(name, program, folder / f"{name}.safetensors") for name, program in made.items()]
 
 

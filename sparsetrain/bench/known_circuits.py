@@ -4,7 +4,7 @@ Which edges those are depends on what replaces an edge that is cut, so a circuit
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,13 @@ from sparsetrain.model import Transformer
 from sparsetrain.pruning.ablation import Ablation, AblationKind, build_ablation
 from sparsetrain.pruning.channel_edges import ChannelGraph
 from sparsetrain.pruning.component_graph import ComponentGraph
-from sparsetrain.pruning.edges import EdgeGraph, EdgeSet, all_answer_logits, edge_names, n_edges
+from sparsetrain.pruning.edges import Batch, EdgeGraph, EdgeSet, as_gates, batches, edge_names, gated_logits, n_edges
 from sparsetrain.tasks import TaskData
 
 PROGRAMS = Path(__file__).parent / "programs"
 KINDS: tuple[AblationKind, ...] = ("zero", "corrupted")
 TOLERANCE = 1e-3  # greatest change of an output that counts as none
+MOST_PROMPTS = 256  # in one forward pass
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,24 @@ class KnownCircuit:
     alternatives: tuple[EdgeSet, ...] = ()
 
 
-def known_circuits(programs: Iterable[Path], made: bool = True) -> list[KnownCircuit]:
+def known_circuits(
+    programs: Iterable[Path], made: bool = True, device: torch.device | str = "cpu"
+) -> Iterator[KnownCircuit]:
     """The circuits of some programs, under each ablation.
 
     Args:
         programs: files that `compile_programs` wrote.
         made: whether the gates and the sparse transformer that are made by hand are to be among them.
+        device: where their models are.
     """
-    found = []
     for path in programs:
         model, data = load_program(path)
-        graph = ComponentGraph(model, split_embedding=True)
-        found += [by_removal(graph, data, kind) for kind in KINDS]
+        graph, data = ComponentGraph(model.to(device), split_embedding=True), data.to(device)
+        yield from (by_removal(graph, data, kind) for kind in KINDS)
     if made:
-        found += [_gate(name) for name in made_circuits.GATES]
-        found += [by_removal(ChannelGraph(made_circuits.quote_model()), made_circuits.quote_data(), k) for k in KINDS]
-    return found
+        yield from (_gate(name, device) for name in made_circuits.GATES)
+        graph, data = ChannelGraph(made_circuits.quote_model().to(device)), made_circuits.quote_data().to(device)
+        yield from (by_removal(graph, data, kind) for kind in KINDS)
 
 
 def load_program(path: Path) -> tuple[Transformer, TaskData]:
@@ -98,29 +101,28 @@ def expected_outputs(path: Path) -> tuple[Tensor, Tensor]:
 def by_removal(graph: EdgeGraph, data: TaskData, kind: AblationKind) -> KnownCircuit:
     """The circuit as it is defined: the edges whose removal, one at a time, changes an output."""
     ablation = build_ablation(graph.read, kind, [], data)
-    edges = necessary_edges(graph, data, ablation)
-    return KnownCircuit(data.name, graph, data, ablation, edges, change(graph, data, ablation, edges))
+    prompts = list(batches(graph, data, ablation, MOST_PROMPTS))
+    edges = necessary_edges(graph, prompts)
+    return KnownCircuit(data.name, graph, data, ablation, edges, change(graph, prompts, edges))
 
 
-def necessary_edges(graph: EdgeGraph, data: TaskData, ablation: Ablation) -> EdgeSet:
+def necessary_edges(graph: EdgeGraph, prompts: Sequence[Batch]) -> EdgeSet:
     """The edges that change an output when they alone are cut from the whole graph."""
-    full = all_answer_logits(graph, data, graph.edges, ablation)
     found = {group: torch.zeros_like(there) for group, there in graph.edges.items()}
     for group, there in graph.edges.items():
         for i, j in there.nonzero().tolist():
             fewer = {**graph.edges, group: there.clone()}
             fewer[group][i, j] = False
-            found[group][i, j] = change(graph, data, ablation, fewer, full) > TOLERANCE
+            found[group][i, j] = change(graph, prompts, fewer) > TOLERANCE
     return found
 
 
-def change(
-    graph: EdgeGraph, data: TaskData, ablation: Ablation, edges: EdgeSet, full: Tensor | None = None
-) -> float:
-    """The greatest change of an output when only these edges are left; `full` are the outputs with all of them."""
-    if full is None:
-        full = all_answer_logits(graph, data, graph.edges, ablation)
-    return (all_answer_logits(graph, data, edges, ablation) - full).abs().max().item()
+@torch.no_grad()
+def change(graph: EdgeGraph, prompts: Sequence[Batch], edges: EdgeSet) -> float:
+    """The greatest change of an output of the model when only these edges are left."""
+    gates = as_gates(edges)
+    outputs = (gated_logits(graph, b.data, gates, b.replacements) - b.extremes.full for b in prompts)
+    return max(difference.abs().max().item() for difference in outputs)
 
 
 def named_edges(graph: EdgeGraph, pairs: Sequence[tuple[str, str]]) -> EdgeSet:
@@ -130,7 +132,7 @@ def named_edges(graph: EdgeGraph, pairs: Sequence[tuple[str, str]]) -> EdgeSet:
     found = {}
     for group, there in graph.edges.items():
         targets, sources = graph.names(group)
-        found[group] = torch.tensor([[(s, t) in pairs for s in sources] for t in targets]) & there
+        found[group] = torch.tensor([[(s, t) in pairs for s in sources] for t in targets]).to(there.device) & there
     return found
 
 
@@ -144,12 +146,14 @@ def _sequences(name: str, tokens: Tensor, vocabulary: list[str]) -> TaskData:
     return TaskData(name, tokens, torch.arange(1, length).expand(n, -1), none, none, none, prompts, corrupted)
 
 
-def _gate(name: str) -> KnownCircuit:
+def _gate(name: str, device: torch.device | str) -> KnownCircuit:
     """A gate's circuit by construction: of OR, either branch is enough, and no edge of a branch is needed."""
-    graph, data = ComponentGraph(made_circuits.gate(name), split_embedding=True), made_circuits.gate_data(name)
+    graph = ComponentGraph(made_circuits.gate(name).to(device), split_embedding=True)
+    data = made_circuits.gate_data(name).to(device)
     ablation = build_ablation(graph.read, "corrupted", [], data)
     branches = [[("tokens", f"a0.h{h}<v>"), (f"a0.h{h}", "m0"), ("m0", "logits")] for h in range(2)]
     both = named_edges(graph, branches[0] + branches[1])
     assert n_edges(both) == 5
     alternatives = tuple(named_edges(graph, branch) for branch in branches) if name == "or" else ()
-    return KnownCircuit(name, graph, data, ablation, both, change(graph, data, ablation, both), alternatives)
+    error = change(graph, list(batches(graph, data, ablation)), both)
+    return KnownCircuit(name, graph, data, ablation, both, error, alternatives)

@@ -63,7 +63,10 @@ def quote_model() -> Transformer:
     shares = AbsTopKOptions(attn_out=1 / 16, mlp_act=1 / 64, mlp_out=1 / 16)
     options = ModelOptions(n_layers=2, d_model=16, d_head=4, n_ctx=8, bigram=False, abs_topk=shares)
     model = _empty(Transformer(options, len(QUOTE_TOKENS)))
-    for parameter in (model.norm, *(norm.resid for block in model.blocks for norm in (block.attn.norm, block.mlp.norm))):
+    for parameter in (
+        model.norm,
+        *(norm.resid for block in model.blocks for norm in (block.attn.norm, block.mlp.norm)),
+    ):
         parameter.weight.fill_(1)
     model.embed.weight[0, 4] = model.embed.weight[1:3, 0] = model.embed.weight[2, 1] = 1
     model.embed.weight[1, 1] = -1

@@ -15,16 +15,24 @@ ROOT = Path(__file__).resolve().parents[2]
 log = logging.getLogger(__name__)
 
 
-def bench(what: str, device: torch.device, out: Path, quick: bool = False, publish: Path | None = None) -> str:
-    """Check and time the kernels, or time whole training steps, or compare training rules, on a device.
+def bench(
+    what: str,
+    device: torch.device,
+    out: Path,
+    quick: bool = False,
+    publish: Path | None = None,
+    programs: Path | None = None,
+) -> str:
+    """Check and time the kernels, time whole training steps, compare training rules, or judge methods, on a device.
 
     Args:
-        what: "kernels", "step" or "rules".
+        what: "kernels", "step", "rules" or "circuits".
         device: cpu, or a cuda device.
         out: the JSON file to write: {"environment": ..., "rows": [...]}.
         quick: small sizes, for a look.
         publish: a folder that also keeps the JSON, this device's part of benchmarks.md, and with "kernels" the cost
             model of `backend="auto"` with this device's part fitted; in the checkout's docs/, the model in use.
+        programs: of "circuits", in place of the benchmark's own; see `circuits.program_files`.
 
     Returns:
         Markdown tables.
@@ -32,9 +40,10 @@ def bench(what: str, device: torch.device, out: Path, quick: bool = False, publi
     Raises:
         BenchError: an op's result is wrong, so nothing was timed; or publishing a quick run, or to no folder.
     """
-    if publish and (quick or not publish.is_dir()):
-        raise kernels.BenchError(f"publishing needs a whole run (no --quick) and a folder that is there, got {publish}")
-    rows, summary = _measured(what, device, quick, out)
+    if publish and (quick or programs or not publish.is_dir()):
+        needs = "a whole run (no --quick, no --programs) and a folder that is there"
+        raise kernels.BenchError(f"publishing needs {needs}, got {publish}")
+    rows, summary = _measured(what, device, quick, out, programs)
     result = {"environment": machine.describe(device), "rows": rows}
     write_json(out, result)
     text = summary(result)
@@ -49,7 +58,9 @@ def bench(what: str, device: torch.device, out: Path, quick: bool = False, publi
     return f"{text}\n\nfigures: {out}"
 
 
-def _measured(what: str, device: torch.device, quick: bool, out: Path) -> tuple[list[dict], Callable[[dict], str]]:
+def _measured(
+    what: str, device: torch.device, quick: bool, out: Path, programs: Path | None
+) -> tuple[list[dict], Callable[[dict], str]]:
     """The rows of a benchmark, and what says them. Training needs omegaconf, which kernels do without."""
     if what == "kernels":
         return kernels.measure(device, quick, log.info), report.summary
@@ -57,6 +68,10 @@ def _measured(what: str, device: torch.device, quick: bool, out: Path) -> tuple[
         from sparsetrain.bench import rules
 
         return rules.measure(out.with_suffix(""), device, quick, log.info), rules.summary
+    if what == "circuits":
+        from sparsetrain.bench import circuits, circuits_report
+
+        return circuits.measure(device, quick, log.info, programs), circuits_report.summary
     from sparsetrain.bench import step, step_report
 
     rows = []

@@ -62,26 +62,44 @@ class ComponentGraph:
 
     def read(self, tokens: Tensor) -> dict[str, Tensor]:
         """What each source writes, (n, B, T, D): `embed`, and for each block `blocks.{l}.heads`, `blocks.{l}.mlp`."""
-        wanted = [f"blocks.{l}.{s}" for l in range(len(self.model.blocks)) for s in ("z", "attn_out", "mlp_out")]
-        seen = site_reader(self.model, wanted)(tokens)
-        writes = {"embed": self._embeddings(tokens)}
-        for l, block in enumerate(self.model.blocks):
-            z, out, mlp = (seen[f"blocks.{l}.{s}"] for s in ("z", "attn_out", "mlp_out"))
-            writes[f"blocks.{l}.heads"] = head_writes(block.attn, z, out)
-            writes[f"blocks.{l}.mlp"] = mlp[None]
-        return writes
+        seen = self.read_sites(tokens)
+        return {name: self.writes(name, seen) for name in self.source_names}
+
+    @property
+    def source_names(self) -> list[str]:
+        """The names of `read`, in the order of the sources."""
+        return ["embed", *(f"blocks.{l}.{part}" for l in range(len(self.model.blocks)) for part in ("heads", "mlp"))]
+
+    def read_sites(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What `writes` needs of a run on tokens (B, T); far less than what it gives."""
+        seen = site_reader(self.model, self.write_sites)(tokens)
+        return {**seen, "embed": self.embeddings(tokens)}
+
+    @property
+    def write_sites(self) -> list[str]:
+        """The sites that heads and MLPs write at."""
+        return [f"blocks.{l}.{s}" for l in range(len(self.model.blocks)) for s in ("z", "attn_out", "mlp_out")]
+
+    def writes(self, name: str, seen: Mapping[str, Tensor]) -> Tensor:
+        """What the sources of one name of `read` write, (n, B, T, D), from what `read_sites` gave."""
+        if name == "embed":
+            return seen["embed"]
+        at, part = name.rsplit(".", 1)
+        if part == "mlp":
+            return seen[f"{at}.mlp_out"][None]
+        return head_writes(self.model.get_submodule(f"{at}.attn"), seen[f"{at}.z"], seen[f"{at}.attn_out"])
 
     def final_resid(
         self, tokens: Tensor, gates: EdgeSet, replacements: Mapping[str, Tensor], inputs_at: float = 1.0
     ) -> Tensor:
         """See EdgeGraph."""
-        written, replaced = self._embeddings(tokens), replacements["embed"]
+        written, replaced = self.embeddings(tokens), replacements["embed"]
         stream = _Stream(written.shape[1:])
         stream.write(replaced + inputs_at * (written - replaced), replaced)
-        p = self.model.positions.weight[: tokens.shape[1]] if self.model.options.positions == "concat" else None
+        p = self.position_vectors(tokens.shape[1])
         for l, block in enumerate(self.model.blocks):
             q, k, v = (
-                _read_heads(block.attn, i, stream.read(gates[f"blocks.{l}.{name}"]), p) for i, name in enumerate("qkv")
+                read_heads(block.attn, i, stream.read(gates[f"blocks.{l}.{name}"]), p) for i, name in enumerate("qkv")
             )
             z = attend(q, k, v, block.attn.sink, block.attn.d_head, block.attn.causal)
             out = keep(block.attn.out(z), block.attn.topk.attn_out)
@@ -114,7 +132,11 @@ class ComponentGraph:
             used |= {s for s, some in zip(sources, kept.any(0).tolist(), strict=True) if some}
         return fed & used
 
-    def _embeddings(self, tokens: Tensor) -> Tensor:
+    def position_vectors(self, n_tokens: int) -> Tensor | None:
+        """What stands beside the residual stream where positions are concatenated: (T, d_pos)."""
+        return self.model.positions.weight[:n_tokens] if self.model.options.positions == "concat" else None
+
+    def embeddings(self, tokens: Tensor) -> Tensor:
         """What the embedding writes: (1, B, T, D), or (2, B, T, D) of tokens and positions."""
         x = self.model.embed(tokens)
         if self.model.options.positions != "learned":
@@ -168,7 +190,7 @@ def attention_bias(attn: Attention, out: Tensor) -> Tensor:
     return attn.out.bias if attn.topk.attn_out == 1 else torch.where(out != 0, attn.out.bias, 0)
 
 
-def _read_heads(attn: Attention, which: int, x: Tensor, p: Tensor | None) -> Tensor:
+def read_heads(attn: Attention, which: int, x: Tensor, p: Tensor | None) -> Tensor:
     """Queries, keys or values (B, T, D) of heads that each read a residual stream of their own, x (H, B, T, D)."""
     fraction = (attn.topk.q, attn.topk.k, attn.topk.v)[which]
     normed = attn.norm(x.flatten(0, 1), p, attn.topk.attn_in).unflatten(0, x.shape[:2])

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from sparsetrain.pruning.evaluate import Calibration, task_losses
@@ -15,6 +17,19 @@ class Extremes:
 
     full: Tensor
     empty: Tensor
+
+
+@dataclass
+class LateExtremes:
+    """Extremes whose empty outputs are computed when a metric first looks at them."""
+
+    full: Tensor
+    compute_empty: Callable[[], Tensor]
+
+    @cached_property
+    def empty(self) -> Tensor:
+        with torch.no_grad():
+            return self.compute_empty()
 
 
 Metric = Callable[[Tensor, TaskData, Extremes], Tensor]  # outputs -> (N,)
@@ -44,6 +59,23 @@ def squared_error(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor
 def projection(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
     """The outputs along the change that cutting every edge makes; linear in the outputs."""
     return (outputs * (extremes.full - extremes.empty)).flatten(1).sum(1)
+
+
+def refuse_if_flat(metric: Metric, data: TaskData, extremes: Extremes | LateExtremes) -> None:
+    """Raise if the metric has no slope at the full model's outputs, where methods of one gradient take theirs.
+
+    Raises:
+        ValueError: its gradient there is zero (to rounding in float64).
+    """
+    with torch.enable_grad():
+        outputs = extremes.full.double().requires_grad_()
+        value = metric(outputs, data, LateExtremes(extremes.full.double(), lambda: extremes.empty.double())).sum()
+        (slope,) = torch.autograd.grad(value, outputs)
+    if slope.abs().max() < 1e-12:
+        raise ValueError(
+            f"the metric of eap must have a gradient at the full model, got zero from {metric.__name__}; take "
+            "logit_difference, task_loss or projection, or the estimator eap_ig_inputs, gates, gates_checked or exact"
+        )
 
 
 METRICS: dict[str, Metric] = {f.__name__: f for f in (logit_difference, task_loss, kl, squared_error, projection)}

@@ -3,8 +3,9 @@
     pip install tracr-pypi
     python -m sparsetrain.bench.compile_programs sparsetrain/bench/programs/protocol.py sparsetrain/bench/programs
 
-A file of your own needs the same: PROGRAMS, by name, each with the fields of compile_programs.Program. Let max_seq_len be
-greater than length, or a part that finds out the length can be cut without a trace.
+A file of your own needs the same: PROGRAMS, for each name what compile_programs.Program holds: output, vocabulary,
+max_seq_len, length. Let max_seq_len be greater than length, or a part that finds out the length can be cut without a
+trace.
 """
 
 from tracr.compiler import lib
@@ -19,19 +20,14 @@ def reverse() -> rasp.SOp:
 
 
 LETTERS, NUMBERS = {"a", "b", "c"}, {1, 2, 3}
-sort = lib.make_sort(rasp.tokens, rasp.tokens, max_seq_len=5, min_key=1)
 PROGRAMS = {
-    "xproportion": dict(
-        output=lib.make_frac_prevs(rasp.tokens == "x"), vocabulary={"w", "x", "y", "z"}, max_seq_len=5, length=4
-    ),
-    "reverse": dict(output=reverse(), vocabulary=NUMBERS, max_seq_len=5, length=4),
-    "reverse_full": dict(output=reverse(), vocabulary=NUMBERS, max_seq_len=5, length=5),
-    "hist": dict(output=lib.make_hist(), vocabulary=LETTERS, max_seq_len=5, length=5),
-    "detect_ab": dict(output=lib.detect_pattern(rasp.tokens, "ab"), vocabulary=LETTERS, max_seq_len=5, length=5),
-    "sort_unique": dict(
-        output=lib.make_sort_unique(rasp.tokens, rasp.tokens), vocabulary=NUMBERS, max_seq_len=5, length=5
-    ),
-    "sort": dict(output=sort, vocabulary=NUMBERS, max_seq_len=5, length=5),
-    "length": dict(output=lib.make_length(), vocabulary=LETTERS, max_seq_len=5, length=4),
-    "length_full": dict(output=lib.make_length(), vocabulary=LETTERS, max_seq_len=5, length=5),
+    "xproportion": (lib.make_frac_prevs(rasp.tokens == "x"), {"w", "x", "y", "z"}, 5, 4),
+    "reverse": (reverse(), NUMBERS, 5, 4),
+    "reverse_full": (reverse(), NUMBERS, 5, 5),
+    "hist": (lib.make_hist(), LETTERS, 5, 5),
+    "detect_ab": (lib.detect_pattern(rasp.tokens, "ab"), LETTERS, 5, 5),
+    "sort_unique": (lib.make_sort_unique(rasp.tokens, rasp.tokens), NUMBERS, 5, 5),
+    "sort": (lib.make_sort(rasp.tokens, rasp.tokens, max_seq_len=5, min_key=1), NUMBERS, 5, 5),
+    "length": (lib.make_length(), LETTERS, 5, 4),
+    "length_full": (lib.make_length(), LETTERS, 5, 5),
 }
