@@ -156,8 +156,9 @@ def checked(
     A gradient misses a change that happens within a narrow window of the gates, such as a sharp softmax makes, and
     sees ones that only happen when other edges are half cut. Patching has neither fault, but costs a run for each edge;
     so as many edges as `check_runs` pays for are patched, each on a part of the prompts where there are many edges.
-    A patched edge keeps a hundredth of its integrated score, which orders the edges that patching cannot tell apart:
-    of two alternatives, cutting either changes nothing.
+    Integrated scores are scaled to the effects that patching found, on the whole, and left to the edges that were not
+    patched. A patched edge keeps a hundredth of its own, which orders the edges that patching cannot tell apart: of two
+    alternatives, cutting either changes nothing.
 
     Source: verification of the top candidates, Kramar et al. 2024.
     """
@@ -167,9 +168,10 @@ def checked(
     first = estimate.abs().argsort(descending=True, stable=True)[:n_edges]
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))[:n_prompts]
     some = list(batches(graph, data.take(rows.tolist()), ablation, options.batch_prompts, options.seed))
-    measured = flat(graph, exact(graph, some, metric, first))
-    scores = estimate.clone()
-    scores[first] = (1 - PATH_SHARE) * measured[first].to(estimate) + PATH_SHARE * estimate[first]
+    measured = flat(graph, exact(graph, some, metric, first))[first].to(estimate)
+    scale = measured.abs().sum() / estimate[first].abs().sum()
+    scores = estimate * (scale if scale > 0 and scale.isfinite() else 1)
+    scores[first] = (1 - PATH_SHARE) * measured + PATH_SHARE * scores[first]
     return unflat(graph, scores)
 
 

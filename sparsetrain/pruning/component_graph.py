@@ -7,6 +7,7 @@ Biases of attention's output belong to no head and are never ablated.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from sparsetrain.kernels.ops import act_abs_topk, attend
 from sparsetrain.model import Attention, Mlp, Transformer, keep, n_kept
 from sparsetrain.pruning.ablation import site_reader
 from sparsetrain.pruning.edges import EdgeSet, edge_names
+
+SLAB = 8192  # entries of the stream mixed at a time, so that they stay in cache
 
 
 class ComponentGraph:
@@ -98,17 +101,16 @@ class ComponentGraph:
         stream.write(replaced + inputs_at * (written - replaced), replaced)
         p = self.position_vectors(tokens.shape[1])
         for l, block in enumerate(self.model.blocks):
-            q, k, v = (
-                read_heads(block.attn, i, stream.read(gates[f"blocks.{l}.{name}"]), p) for i, name in enumerate("qkv")
-            )
+            streams = stream.read(*(gates[f"blocks.{l}.{name}"] for name in "qkv"))
+            q, k, v = (read_heads(block.attn, i, x, p) for i, x in enumerate(streams))
             z = attend(q, k, v, block.attn.sink, block.attn.d_head, block.attn.causal)
             out = keep(block.attn.out(z), block.attn.topk.attn_out)
             heads = head_writes(block.attn, z, out)
             stream.write(heads, replacements[f"blocks.{l}.heads"])
             stream.add(attention_bias(block.attn, out))
-            mlp = _run_mlp(block.mlp, stream.read(gates[f"blocks.{l}.mlp"])[0], p)
+            mlp = _run_mlp(block.mlp, stream.read(gates[f"blocks.{l}.mlp"])[0][0], p)
             stream.write(mlp[None], replacements[f"blocks.{l}.mlp"])
-        return stream.read(gates["logits"])[0]
+        return stream.read(gates["logits"])[0][0]
 
     def connected(self, edges: EdgeSet) -> EdgeSet:
         """Drop the edges of heads and MLPs that nothing is read by, or that read nothing, until none is left."""
@@ -159,7 +161,7 @@ class _Stream:
 
     def __init__(self, shape: torch.Size):
         self.shape = shape  # (B, T, D)
-        self.fixed: Tensor | float = 0.0  # what is read of every source when all its gates are shut
+        self.fixed = torch.zeros(())  # what is read of every source when all its gates are shut
         self.changes: list[Tensor] = []  # (n, B T D): how far the sources are from their replacements
 
     def write(self, x: Tensor, replacement: Tensor) -> None:
@@ -171,12 +173,41 @@ class _Stream:
         """Add what belongs to no source."""
         self.fixed = self.fixed + x
 
-    def read(self, gates: Tensor) -> Tensor:
-        """What targets with these gates (R, n_sources) read: (R, B, T, D)."""
-        out = self.fixed.expand(len(gates), *self.shape).reshape(len(gates), -1)
-        for part, change in zip(gates.split([len(c) for c in self.changes], dim=1), self.changes, strict=True):
-            out = torch.addmm(out, part.to(change.dtype), change)
-        return out.view(len(gates), *self.shape)
+    def read(self, *gates: Tensor) -> tuple[Tensor, ...]:
+        """What targets with these gates (R, n_sources) read: (R, B, T, D) for each group of targets."""
+        rows = torch.cat(gates) if len(gates) > 1 else gates[0]
+        out = _Mix.apply(rows.to(self.changes[0].dtype), self.fixed.expand(self.shape).reshape(-1), *self.changes)
+        return out.unflatten(1, self.shape).split([len(g) for g in gates])
+
+
+class _Mix(torch.autograd.Function):
+    """fixed + gates @ changes, the changes in parts that are never laid side by side whole.
+
+    Args of `apply`: gates (R, n), fixed (M,), changes (n_i, M) ..., which are n rows in all. Returns (R, M).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, fixed: Tensor, *changes: Tensor) -> Tensor:
+        ctx.save_for_backward(gates, *changes)
+        out = torch.empty(len(gates), len(fixed), dtype=gates.dtype, device=gates.device)
+        for start in range(0, len(fixed), SLAB):
+            slab = slice(start, start + SLAB)
+            torch.mm(gates, torch.cat([c[:, slab] for c in changes]), out=out[:, slab]).add_(fixed[slab])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gates, *changes = ctx.saved_tensors
+        parts = gates.split([len(c) for c in changes], dim=1)
+        needed = ctx.needs_input_grad[2:]
+        for_changes = [part.T @ grad if need else None for part, need in zip(parts, needed, strict=True)]
+        for_gates = None
+        if ctx.needs_input_grad[0]:
+            for_gates = torch.zeros_like(gates)
+            for start in range(0, grad.shape[1], SLAB):
+                slab = slice(start, start + SLAB)
+                for_gates += grad[:, slab] @ torch.cat([c[:, slab] for c in changes]).T
+        return for_gates, grad.sum(0) if ctx.needs_input_grad[1] else None, *for_changes
 
 
 def head_writes(attn: Attention, z: Tensor, out: Tensor) -> Tensor:
