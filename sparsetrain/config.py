@@ -211,7 +211,7 @@ class ProbingOptions:
     epochs: int = option(90, "passes over the training prompts", low=1)
     batch_size: int = option(500, "prompts in a step", "prompts", low=2)
     lr: float = option(1e-3, "AdamW's learning rate", low=0)
-    count_penalty: float = option(1e-6, "loss per neuron kept", "nats", low=0)
+    count_penalty: float = option(1e-4, "loss per neuron kept; 1e-6 for each of its weights there", "nats", low=0)
     final_temperature: float = option(200, "what mask parameters are multiplied by at the end; 1 at the start", low=1)
     train_pairs: int = option(2000, "prompt pairs masks are learnt on; a prompt that recurs counts once", low=2)
     heldout_pairs: int = option(2000, "prompt pairs the measures are taken on", low=2)

@@ -104,7 +104,7 @@ def test_exactly_the_neurons_that_compute_a_variable_are_found(built, part, vari
 
 def test_the_published_penalty_finds_them_too(built):
     model, expected = built
-    found = search(model, "mlp", prompts("u", 192, 0, 1), count_penalty=1e-6)
+    found = search(model, "mlp", prompts("u", 192, 0, 1), count_penalty=ProbingOptions().count_penalty)
     assert numbers(found) == {site: expected["u"][site] for site in found.neurons}
 
 
