@@ -32,7 +32,7 @@ from sparsetrain.pruning.evaluate import parts
 from sparsetrain.pruning.objective import Metric, refuse_if_flat
 from sparsetrain.tasks import TaskData
 
-FEWEST_PROMPTS = 16  # that an edge is patched on in `checked`
+FEWEST_PROMPTS = 4  # that an edge is patched on in `checked`
 PATH_SHARE = 0.01  # of the integrated score in that of a patched edge
 
 
