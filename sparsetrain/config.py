@@ -225,12 +225,11 @@ class ProbingOptions:
 class EdgeMaskOptions:
     """Edge Pruning: hard concrete masks. Defaults that are not the published ones: see edge_masks.py."""
 
-    steps: int = option(3000, "optimiser steps", "steps", low=1)
+    steps: int = option(1000, "optimiser steps (published: 3000)", "steps", low=1)
     batch: int = option(32, "prompts in a step", "prompts", low=1)
     lr: float = option(0.1, "Adam's learning rate of the masks (published: 0.8)", low=0)
-    sparsity: float = option(1.0, "share of edges that are to be cut at the end; what is asked for rises to it", "", 0)
     price: float = option(1e-3, "least cost of an open edge, in shares of what an average edge is worth", low=1e-9)
-    gain: float = option(100.0, "how fast the price's logarithm follows the sparsity that is lacking", "per run", low=0)
+    gain: float = option(100.0, "how fast the price's logarithm rises while too many edges are open", "per run", low=0)
     init_mean: float = option(5.0, "mean of the initial log alpha (published: 10)")
     init_std: float = option(0.01, "their standard deviation", low=0)
     bound: float = option(5.0, "log alpha stays within +- this; at 5 a gate is closed, or open, 97 times in 100", low=0)

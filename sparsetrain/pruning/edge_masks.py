@@ -1,4 +1,4 @@
-"""Edge Pruning: hard concrete masks over edges, closed under a rising demand for sparsity."""
+"""Edge Pruning: hard concrete masks over edges, which close under a rising demand for sparsity."""
 
 import math
 from pathlib import Path
@@ -24,10 +24,11 @@ def rank(
     options: EdgeMaskOptions,
     state: Path | None = None,
 ) -> EdgeSet:
-    """Learn a mask over all edges while the sparsity that is asked for rises; how long each stays open ranks them.
+    """Learn a mask over all edges while ever fewer may stay; how long each stays open ranks them.
 
     Each step draws the gates z of all edges, runs some prompts, and lowers -metric + price x (sum of z). The price is
-    the multiplier of the constraint that sparsity is t, which rises from 0 to `sparsity` over the steps.
+    the multiplier of the constraint that no more than a number of edges is open, which falls over the steps from all
+    edges to one, by the same factor at each step.
 
     Args:
         graph: of the model; its weights get no gradient.
@@ -46,12 +47,13 @@ def rank(
     Source: Bhaskar et al. 2024, sections 3 and 4, and their released l0.py; Louizos et al. 2018 for the distribution.
     Differs: made to be exact without tuning for each model.
         The metric is divided by what cutting every edge costs, so that one price suits every task.
-        One positive multiplier, of which the logarithm ascends by `gain` x (t - s), in the place of
-        lam1 (s - t) + lam2 (s - t)^2: theirs, with Adam's steps, swings far above what the unneeded edges cost,
-        the circuit breaks, and a broken circuit has no gradient to mend it.
+        One positive multiplier, whose logarithm ascends in proportion to how many edges too many are open, also on
+        a logarithmic scale, in the place of lam1 (s - t) + lam2 (s - t)^2 with a sparsity t that rises linearly.
+        Theirs swings far above what it takes to close the edges that are not needed, the circuit breaks, and a
+        broken circuit has no gradient to mend it; and a sparse circuit would be decided in the last few steps.
         Gates start at log alpha 5, and stay within +-5, in the place of 10, where a gate moves by one rare draw.
-        Sparsity goes on to 1, and edges are ranked by how long they stay open, in the place of a threshold at one
-        sparsity that has to be known before.
+        The number goes on to one, and edges are ranked by how long they stay open, in the place of a threshold at
+        one sparsity that has to be known before.
     """
     objective = build_objective(graph, data, ablation, metric)
     if objective is None:
@@ -77,8 +79,8 @@ def _step(objective: Objective, state: State, k: int, generator: torch.Generator
     adam_(state["values"], gradient, state, k, options.lr)
     state["values"].clamp_(-options.bound, options.bound)
     state["opened"] += open_probability(state["values"])
-    asked = options.sparsity * (k + 1) / options.steps
-    lag = asked - (1 - gates.detach().mean().item())
+    still_open = math.log(max(gates.detach().sum().item(), 1)) / math.log(n + 1)
+    lag = still_open - (1 - (k + 1) / options.steps)
     low, high = math.log(options.price), math.log(2 * n)  # above `high` nothing is worth its price
     state["log_price"].add_(options.gain * lag / options.steps).clamp_(low, max(low, high))
 

@@ -1,6 +1,5 @@
 """One score per edge, learnt with masks of every size at once: a ranking that can be cut anywhere."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -38,9 +37,11 @@ def rank(
     Raises:
         StateError: `state` is damaged, or of a training with other settings.
 
-    Source: matryoshka attribution (arXiv 2609.25518) and its released trainer.py, with k drawn log-uniformly.
-    Differs: the mean over the steps in the place of the last scores. Sizes below the circuit's own go on for ever to
-    trade one edge that it needs for another, so that one of them sinks in the end among those it does not need.
+    Source: matryoshka attribution (arXiv 2609.25518) and its released trainer.py.
+    Differs: sizes are drawn log-uniformly between all edges and a smallest size, which falls to one over the steps.
+    From the start on, small sizes break the model, and a broken one tells nothing of what its edges are for.
+    Edges are ranked by the mean over the steps in the place of the last scores: sizes below the circuit's own go on
+    to trade one edge that it needs for another, until one of them sinks among those that it does not need.
     """
     objective = build_objective(graph, data, ablation, metric)
     if objective is None:
@@ -56,7 +57,9 @@ def rank(
 
 def _step(objective: Objective, state: State, k: int, generator: torch.Generator, options: TopkMaskOptions) -> None:
     scores = state["values"].detach().requires_grad_()
-    size = math.exp(torch.rand((), generator=generator).item() * math.log(len(scores)))
+    smallest = 1 - (k + 1) / options.steps  # as a power of the number of edges
+    power = smallest + (1 - smallest) * torch.rand((), generator=generator).item()
+    size = len(scores) ** power
     loss = objective.loss(masks_of_size(scores, size, options.temperature), options.batch, generator)
     (gradient,) = torch.autograd.grad(loss, scores)
     adam_(state["values"], gradient, state, k, options.lr)
