@@ -89,25 +89,29 @@ def test_the_cut_is_the_shortest_and_leaves_no_dangling_edge(known):
     assert torch.equal(flat(circuit.graph, cut), right)
 
 
-def test_methods_are_run_with_every_seed_and_told_apart(known):
+def test_methods_are_run_with_every_seed_and_told_apart(known, tmp_path):
     methods = {
         "random": circuits.random_scores,
         "removal": lambda graph, data, ablation, seed: known["hist", "zero"].edges,
     }
-    rows = circuits.compare(methods, [known["hist", "zero"]], (0, 1, 2), lambda _: None)
-    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in methods for s in range(3)]
-    assert all(row["exact"] for row in rows[3:]) and not any(row["exact"] for row in rows[:3])
-    assert len({row["auroc"] for row in rows[:3]}) > 1, "seeds differ"
-    again = circuits.compare(methods, [known["hist", "zero"]], (0, 1, 2), lambda _: None)
+    first = circuits.compare(methods, [known["hist", "zero"]], (0, 1), lambda _: None, tmp_path / "rows.jsonl")
+    said = []
+    rows = circuits.compare(methods, [known["hist", "zero"]], (0, 1, 2), said.append, tmp_path / "rows.jsonl")
+    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for s in range(3) for m in methods]
+    assert rows[:4] == first and said == ["hist, zero: random, seed 2", "hist, zero: removal, seed 2"], "goes on"
+    randoms = [row for row in rows if row["method"] == "random"]
+    assert all(row["exact"] for row in rows if row not in randoms) and not any(row["exact"] for row in randoms)
+    assert len({row["auroc"] for row in randoms}) > 1, "seeds differ"
+    again = circuits.compare(methods, [known["hist", "zero"]], (0, 1, 2), lambda _: None, tmp_path / "others.jsonl")
     assert [row["auroc"] for row in again] == [row["auroc"] for row in rows]
 
 
-def test_a_circuit_without_edges_is_left_out():
+def test_a_circuit_without_edges_is_left_out(tmp_path):
     files = [known_circuits.PROGRAMS / "length.safetensors"]
     said = []
     found = known_circuits.known_circuits(files, made=False)
-    rows = circuits.compare({"random": circuits.random_scores}, found, (0,), said.append)
-    assert said == ["length, zero: 4 of 13 edges", "length, corrupted: 0 of 13 edges"]
+    rows = circuits.compare({"random": circuits.random_scores}, list(found), (0,), said.append, tmp_path / "rows.jsonl")
+    assert said == ["length, zero: random, seed 0"]
     assert [row["ablation"] for row in rows] == ["zero"]
 
 
@@ -156,11 +160,11 @@ def test_the_command_runs_a_users_programs_alone(tmp_path, monkeypatch, capsys):
         run.bench("circuits", CPU, out, publish=tmp_path, programs=tmp_path / "mine")
 
 
-def test_every_method_of_the_benchmark_ranks_a_small_circuit(known, monkeypatch):
+def test_every_method_of_the_benchmark_ranks_a_small_circuit(known, monkeypatch, tmp_path):
     circuit = known["add", "corrupted"]
     monkeypatch.setattr(circuits, "EdgeMaskOptions", lambda: EdgeMaskOptions(steps=100))
     monkeypatch.setattr(circuits, "TopkMaskOptions", lambda: TopkMaskOptions(steps=100))
-    rows = circuits.compare(circuits.rankers(), [circuit], (0, 1), lambda _: None)
+    rows = circuits.compare(circuits.rankers(), [circuit], (0, 1), lambda _: None, tmp_path / "rows.jsonl")
     once = {row["method"] for row in rows} - {row["method"] for row in rows if row["seed"] == 1}
     assert once == set(circuits.DRAWS_NOTHING)
     by_method = {row["method"]: row for row in rows}

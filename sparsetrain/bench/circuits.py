@@ -1,5 +1,7 @@
 """Holds the methods that rank edges to circuits that are known: how often each finds them, and how long it takes."""
 
+import itertools
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +13,7 @@ import torch
 from sparsetrain.bench.kernels import BenchError
 from sparsetrain.bench.known_circuits import PROGRAMS, TOLERANCE, KnownCircuit, change, known_circuits
 from sparsetrain.config import AcdcOptions, AttributionOptions, EdgeMaskOptions, TopkMaskOptions
+from sparsetrain.machine import describe
 from sparsetrain.pruning import acdc, attribution, edge_masks, topk_masks
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.curves import auroc
@@ -20,7 +23,7 @@ from sparsetrain.pruning.objective import METRICS, Metric
 from sparsetrain.pruning.space import EdgeSpace
 from sparsetrain.tasks import TaskData
 
-SEEDS = (0, 1, 2)
+KEY = ("program", "ablation", "graph", "method", "seed")  # tells rows apart
 QUICK = ("hist", "xproportion")
 BY_GRADIENT = ("eap", "eap_ig_inputs", "eap_ig_activations", "gates")
 BY_PATCHING = ("gates_checked", "exact")
@@ -83,7 +86,9 @@ def program_files(place: Path | None) -> list[Path]:
     return found
 
 
-def measure(device: torch.device, quick: bool, say: Callable[[str], None], programs: Path | None = None) -> list[dict]:
+def measure(
+    device: torch.device, quick: bool, say: Callable[[str], None], programs: Path | None, n_seeds: int, done: Path
+) -> list[dict]:
     """Run every method on every circuit with every seed.
 
     Args:
@@ -91,6 +96,8 @@ def measure(device: torch.device, quick: bool, say: Callable[[str], None], progr
         quick: two programs and one seed, for a look.
         say: told what is done.
         programs: see `program_files`; None also takes the circuits made by hand.
+        n_seeds: of the methods that draw.
+        done: a file of rows, one a line, that is added to; those of the same commit are not measured again.
 
     Returns:
         Rows as `judge` gives them.
@@ -99,32 +106,38 @@ def measure(device: torch.device, quick: bool, say: Callable[[str], None], progr
     if quick and programs is None:
         files = [path for path in files if path.stem in QUICK]
     circuits = known_circuits(files, made=programs is None, device=device)
-    return compare(rankers(), circuits, SEEDS[:1] if quick else SEEDS, say)
+    return compare(rankers(), list(circuits), range(1 if quick else n_seeds), say, done)
 
 
 def compare(
-    methods: Mapping[str, Ranker], circuits: Iterable[KnownCircuit], seeds: Sequence[int], say: Callable[[str], None]
-) -> list[dict]:
-    """A row for each method, circuit and seed.
+    methods: Mapping[str, Ranker], circuits: Sequence[KnownCircuit], seeds: Iterable[int], say: Callable[[str], None],
+    done: Path,
+) -> list[dict]:  # fmt: skip
+    """A row for each method, circuit and seed, one seed after the other; rows in `done` are taken from there.
 
     There is none where no edge is to be found or the graph is not for the method; what draws nothing has one seed.
     """
-    rows = []
-    for circuit in circuits:
-        size = f"{n_edges(circuit.edges)} of {n_edges(circuit.graph.edges)} edges"
-        say(f"{circuit.name}, {circuit.ablation.kind}: {size}")
-        if not n_edges(circuit.edges):
+    commit = describe(torch.device("cpu"))["commit"]
+    read = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
+    rows = {tuple(row[key] for key in KEY): row for row in read if row["commit"] == commit}
+    asked = []
+    for seed, circuit, (name, method) in itertools.product(seeds, circuits, methods.items()):
+        other_graph = name == "eap_ig_activations" and circuit.graph.kind == "channel"
+        if not n_edges(circuit.edges) or other_graph or (seed and name in DRAWS_NOTHING):
             continue
+        key = (circuit.name, circuit.ablation.kind, circuit.graph.kind, name, seed)
+        asked.append(key)
+        if key in rows:
+            continue
+        say(f"{circuit.name}, {circuit.ablation.kind}: {name}, seed {seed}")
         prompts = list(batches(circuit.graph, circuit.data, circuit.ablation, len(circuit.data)))
-        for name, method in methods.items():
-            if name == "eap_ig_activations" and circuit.graph.kind == "channel":
-                continue
-            for seed in seeds[:1] if name in DRAWS_NOTHING else seeds:
-                start = time.perf_counter()
-                scores = method(circuit.graph, circuit.data, circuit.ablation, seed)
-                seconds = time.perf_counter() - start
-                rows.append({"method": name, "seed": seed, "seconds": seconds, **judge(circuit, prompts, scores)})
-    return rows
+        start = time.perf_counter()
+        scores = method(circuit.graph, circuit.data, circuit.ablation, seed)
+        cost = {"seconds": time.perf_counter() - start, "commit": commit}
+        rows[key] = {"method": name, "seed": seed, **cost, **judge(circuit, prompts, scores)}
+        with done.open("a") as file:
+            file.write(json.dumps(rows[key]) + "\n")
+    return [rows[key] for key in asked]
 
 
 def judge(circuit: KnownCircuit, prompts: list[Batch], scores: EdgeSet) -> dict:

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--quick", action="store_true", help="small sizes: seconds in place of minutes")
+    parser.add_argument("--seeds", type=int, default=3, help="for circuits: seeds of the methods that draw (default 3)")
     parser.add_argument(
         "--programs", type=Path, metavar="PATH",
         help="for circuits: a .py file of RASP programs (needs tracr-pypi), or a folder of compiled ones",
@@ -44,7 +45,7 @@ def command(options: argparse.Namespace) -> None:
         raise BenchError("--device must be auto or cpu on a machine without a CUDA device, got cuda")
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     publish = None if options.publish is None else Path(options.publish)
-    print(run.bench(options.what, device, Path(options.out), options.quick, publish, options.programs))
+    print(run.bench(options.what, device, Path(options.out), options.quick, publish, options.programs, options.seeds))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def bench(
     quick: bool = False,
     publish: Path | None = None,
     programs: Path | None = None,
+    n_seeds: int = 3,
 ) -> str:
     """Check and time the kernels, time whole training steps, compare training rules, or judge methods, on a device.
 
@@ -33,6 +34,7 @@ def bench(
         publish: a folder that also keeps the JSON, this device's part of benchmarks.md, and with "kernels" the cost
             model of `backend="auto"` with this device's part fitted; in the checkout's docs/, the model in use.
         programs: of "circuits", in place of the benchmark's own; see `circuits.program_files`.
+        n_seeds: of "circuits".
 
     Returns:
         Markdown tables.
@@ -43,7 +45,7 @@ def bench(
     if publish and (quick or programs or not publish.is_dir()):
         needs = "a whole run (no --quick, no --programs) and a folder that is there"
         raise kernels.BenchError(f"publishing needs {needs}, got {publish}")
-    rows, summary = _measured(what, device, quick, out, programs)
+    rows, summary = _measured(what, device, quick, out, programs, n_seeds)
     result = {"environment": machine.describe(device), "rows": rows}
     write_json(out, result)
     text = summary(result)
@@ -59,7 +61,7 @@ def bench(
 
 
 def _measured(
-    what: str, device: torch.device, quick: bool, out: Path, programs: Path | None
+    what: str, device: torch.device, quick: bool, out: Path, programs: Path | None, n_seeds: int
 ) -> tuple[list[dict], Callable[[dict], str]]:
     """The rows of a benchmark, and what says them. Training needs omegaconf, which kernels do without."""
     if what == "kernels":
@@ -71,7 +73,8 @@ def _measured(
     if what == "circuits":
         from sparsetrain.bench import circuits, circuits_report
 
-        return circuits.measure(device, quick, log.info, programs), circuits_report.summary
+        rows = circuits.measure(device, quick, log.info, programs, n_seeds, out.with_suffix(".rows.jsonl"))
+        return rows, circuits_report.summary
     from sparsetrain.bench import step, step_report
 
     rows = []
