@@ -144,6 +144,11 @@ def _shown(loss: float) -> str:
 def _missed_target(m: Measures) -> str | None:
     if m["task_loss"] <= m["target_loss"]:
         return None
+    if m["train_loss"] > m["target_loss"]:
+        return (
+            f"The circuit was cut at a size, not at the target of {m['target_loss']:g}, which it misses: "
+            f"{_shown(m['train_loss'])} on the prompts it was found on, {_shown(m['task_loss'])} on held-out ones."
+        )
     return (
         f"The target of {m['target_loss']:g} was reached on the prompts the masks were learnt on "
         f"({_shown(m['train_loss'])}), not on held-out ones ({_shown(m['task_loss'])})."

@@ -84,7 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("config", nargs="*", metavar="FILE.yaml | key=value")
     made.add_argument("--task", required=True, help="a built-in task, or a JSON-lines file")
     made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    made.add_argument("--method", default="node_masks", help="how circuits are found (default node_masks)")
+    made.add_argument(
+        "--method", default="node_masks",
+        help="node_masks (default), edge_masks, topk_masks, attribution, acdc, or probing, whose keys are others: "
+        "--print-config shows them",
+    )  # fmt: skip
     made.add_argument("--over-training", action="store_true", help="prune every kept checkpoint; draw when it forms")
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
@@ -176,6 +180,8 @@ def _prune(options: argparse.Namespace) -> None:
     if options.print_config:
         print(config_to_yaml(config), end="")
         return
+    if probing and options.over_training:
+        raise ConfigError("--over-training must go with a method that finds circuits, got probing; leave it out")
     if probing:
         return _probe(options, config)
     if options.over_training:

@@ -36,7 +36,7 @@ from sparsetrain.pruning.measures import full_model_logits, measure, nonsense_co
 from sparsetrain.pruning.mib import mib_json
 from sparsetrain.pruning.objective import METRICS, task_loss
 from sparsetrain.pruning.space import EdgeSpace, NodeSpace, Space, Unit, Units, n_units
-from sparsetrain.tasks import TASKS, TaskData, encode_task, load_task
+from sparsetrain.tasks import TaskData, encode_task, load_task
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,14 @@ def prune(
     """
     run = Path(run)
     if method not in METHODS:
-        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise ConfigError(
+            f"method must be one of {', '.join(METHODS)} (or, at the command line, probing), got {method!r}"
+        )
+    if config.node_masks.search_trials and method != "node_masks":
+        raise ConfigError(
+            f"node_masks.search_trials must be 0 with another method, got {config.node_masks.search_trials} with "
+            f"{method}; the search is over settings of node_masks"
+        )
     model, tokenizer, run_config = checkpoint.load_run(run, device, at)
     model.requires_grad_(False)
     chosen = load_task(task)
@@ -278,7 +285,7 @@ def _summarise(run: Path, newest: dict[str, Any]) -> None:
 
 def _task_reference(task: str) -> str:
     """What finds the task again from anywhere: its name, or its file's whole path."""
-    return task if task in TASKS else str(Path(task).resolve())
+    return str(Path(task).resolve()) if Path(task).suffix == ".jsonl" else task
 
 
 def _why(cut: Cut, full_loss: float, config: PruneConfig) -> str:
