@@ -129,6 +129,9 @@ def _curve(m: Measures) -> Reading:
 
 def _alternatives(m: Measures) -> Reading:
     found = m["alternatives"]
+    if not found["n"]:
+        return Reading("Minimal circuits near it", "not known", "the search stopped before the first",
+                       "Raise alternative_runs to find them.")  # fmt: skip
     return Reading(
         "Minimal circuits near it", f"{found['n']}{'' if found['complete'] else ' or more'}",
         f"{found['n_needed']:,} edges in all of them",

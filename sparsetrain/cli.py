@@ -274,7 +274,8 @@ def _measures_table(circuit) -> str:
         rows.append(("nonsense control", f"{control['n_nodes']} nodes, {control['n_edges']} edges, {loss}"))
     if found := m.get("alternatives"):
         more = "" if found["complete"] else " at least"
-        rows.append(("minimal circuits near it", f"{found['n']}{more}, with {found['n_needed']} edges in all of them"))
+        told = f"{found['n']}{more}, with {found['n_needed']} edges in all of them"
+        rows.append(("minimal circuits near it", told if found["n"] else "not known; raise alternative_runs"))
     if m.get("curve"):
         rows.append(("areas of its ranking (MIB)", f"CPR {m['curve']['cpr']:.3f}, CMD {m['curve']['cmd']:.3f}"))
     return "\n".join([f"circuit of {circuit.task}", *(f"  {name:32} {value}" for name, value in rows)])
