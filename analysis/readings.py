@@ -129,6 +129,9 @@ def _curve(m: Measures) -> Reading:
 
 def _alternatives(m: Measures) -> Reading:
     found = m["alternatives"]
+    if not found["n"]:
+        return Reading("Minimal circuits near it", "not known", "the search stopped before the first",
+                       "Raise alternative_runs to find them.")  # fmt: skip
     return Reading(
         "Minimal circuits near it", f"{found['n']}{'' if found['complete'] else ' or more'}",
         f"{found['n_needed']:,} edges in all of them",
@@ -144,6 +147,11 @@ def _shown(loss: float) -> str:
 def _missed_target(m: Measures) -> str | None:
     if m["task_loss"] <= m["target_loss"]:
         return None
+    if m["train_loss"] > m["target_loss"]:
+        return (
+            f"The circuit was cut at a size, not at the target of {m['target_loss']:g}, which it misses: "
+            f"{_shown(m['train_loss'])} on the prompts it was found on, {_shown(m['task_loss'])} on held-out ones."
+        )
     return (
         f"The target of {m['target_loss']:g} was reached on the prompts the masks were learnt on "
         f"({_shown(m['train_loss'])}), not on held-out ones ({_shown(m['task_loss'])})."

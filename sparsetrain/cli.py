@@ -84,7 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("config", nargs="*", metavar="FILE.yaml | key=value")
     made.add_argument("--task", required=True, help="a built-in task, or a JSON-lines file")
     made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    made.add_argument("--method", default="node_masks", help="how circuits are found (default node_masks)")
+    made.add_argument(
+        "--method", default="node_masks",
+        help="node_masks (default), edge_masks, topk_masks, attribution, acdc, or probing, whose keys are others: "
+        "--print-config shows them",
+    )  # fmt: skip
     made.add_argument("--over-training", action="store_true", help="prune every kept checkpoint; draw when it forms")
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
@@ -176,6 +180,8 @@ def _prune(options: argparse.Namespace) -> None:
     if options.print_config:
         print(config_to_yaml(config), end="")
         return
+    if probing and options.over_training:
+        raise ConfigError("--over-training must go with a method that finds circuits, got probing; leave it out")
     if probing:
         return _probe(options, config)
     if options.over_training:
@@ -268,7 +274,8 @@ def _measures_table(circuit) -> str:
         rows.append(("nonsense control", f"{control['n_nodes']} nodes, {control['n_edges']} edges, {loss}"))
     if found := m.get("alternatives"):
         more = "" if found["complete"] else " at least"
-        rows.append(("minimal circuits near it", f"{found['n']}{more}, with {found['n_needed']} edges in all of them"))
+        told = f"{found['n']}{more}, with {found['n_needed']} edges in all of them"
+        rows.append(("minimal circuits near it", told if found["n"] else "not known; raise alternative_runs"))
     if m.get("curve"):
         rows.append(("areas of its ranking (MIB)", f"CPR {m['curve']['cpr']:.3f}, CMD {m['curve']['cmd']:.3f}"))
     return "\n".join([f"circuit of {circuit.task}", *(f"  {name:32} {value}" for name, value in rows)])

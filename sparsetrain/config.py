@@ -317,7 +317,7 @@ class PruneConfig:
     reference_tokens: int = option(65_536, "corpus tokens that means are taken over", "tokens", low=1)
     random_sets: int = option(10, "random circuits the circuit is compared with", low=1)
     nonsense: bool = option(True, "also search a circuit for the same prompts with nonsense answers")
-    seed: int = option(0, "seed of prompts, masks, batches and random sets", low=0)
+    seed: int = option(0, "seed of prompts and random sets, and of node_masks; other methods have their own", low=0)
     alternative_runs: int = option(
         200, "circuits of edges tried to find other minimal ones beside the one that was found; 0: none", low=0
     )

@@ -41,6 +41,7 @@ def test_help_lists_every_key(capsys):
         (["tasks", "nowhere"], "must be a run directory with a model or a checkpoint"),
         (["prune", "nowhere", "--task", "for_while"], "must be a run directory with a model or a checkpoint"),
         (["prune", "nowhere", "--task", "for_while", "node_masks.step=3"], "did you mean node_masks.steps?"),
+        (["prune", "nowhere", "--task", "t", "--method", "probing", "--over-training"], "got probing; leave it out"),
         (["page", "nowhere", "--task", "for_while"], "nowhere"),
     ],
 )

@@ -67,6 +67,18 @@ def test_with_every_edge_the_circuit_is_the_model(any_graph, kind):
     torch.testing.assert_close(kept, whole, rtol=0, atol=1e-6)
 
 
+def test_means_of_positions_serve_prompts_longer_than_those_they_were_taken_of(any_graph):
+    of, data = any_graph, prompts()
+    short = data.take([2, 3]).trimmed()
+    ablation = build_ablation(of.read, "mean_position", [], short)
+    outputs = edges.all_answer_logits(of, data, of.edges, ablation)
+    assert (outputs - evaluate.all_answer_logits(of.model, data, graph.full(of.model), ablation)).abs().max() < 1e-9
+    means = ablation.replacements(of.read, data, torch.zeros_like(data.tokens))
+    for mean in means.values():
+        assert mean.shape[-2] == data.tokens.shape[1]
+        assert (mean[..., 6:, :] == mean[..., 5:6, :]).all(), "past the last position its mean is taken"
+
+
 def test_with_no_edge_the_circuit_is_the_corrupted_run(any_graph):
     """Of the component graph. In the channel graph the residual stream still carries the embedding."""
     data = prompts()

@@ -46,7 +46,8 @@ class Ablation:
         if self.kind == "resample":
             return {name: bank[..., places[:, :n_tokens], :] for name, bank in self.values.items()}
         if self.kind == "mean_position":
-            return {name: means[..., None, :n_tokens, :] for name, means in self.values.items()}
+            at = torch.arange(n_tokens, device=data.tokens.device)  # positions past the last mean take that one
+            return {name: m[..., None, at.clamp(max=m.shape[-2] - 1), :] for name, m in self.values.items()}
         return {name: mean[..., None, None, :] for name, mean in self.values.items()}
 
 

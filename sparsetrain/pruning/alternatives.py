@@ -16,7 +16,7 @@ class Alternatives:
     """Circuits each of which is enough, and no smaller part of which is.
 
     Attributes:
-        circuits: the alternatives; one where nothing is redundant.
+        circuits: the alternatives; one where nothing is redundant, none where the limit came before the first.
         needed: the edges in all of them.
         complete: false where the search was stopped by its limit, so that there may be more.
     """
@@ -40,7 +40,7 @@ def alternatives(
         metric: what must hold.
         edges: where to look: the whole graph, or the first so many edges of a ranking.
         tolerance: how far the metric may fall below that of `edges`.
-        most_runs: runs of all prompts after which the search stops.
+        most_runs: runs of all prompts after which the search stops; what it was shrinking then is left out.
 
     Source: enumeration of hitting sets, Reiter 1987; shrinking by halves, Junker 2004.
     """
@@ -63,20 +63,25 @@ def alternatives(
             rest[list(forbidden)] = False
             if not enough(rest):
                 continue
-            circuit = _shrink(rest, enough)
+            circuit = _shrink(rest, enough, lambda: n_runs < most_runs)
+            if circuit is None:
+                queue.appendleft(forbidden)
+                break
             found.append(circuit)
         more = {forbidden | {edge} for edge in circuit.nonzero().flatten().tolist()} - queued
         queue.extend(sorted(more, key=sorted))
         queued |= more
         n_runs += 1  # also where a circuit was known, lest the queue grow without end
-    needed = torch.stack(found).all(0)
+    needed = torch.stack(found).all(0) if found else torch.zeros_like(start)
     return Alternatives([unflat(graph, circuit) for circuit in found], unflat(graph, needed), not queue)
 
 
-def _shrink(kept: Tensor, enough: Callable[[Tensor], bool]) -> Tensor:
-    """Cut what can be cut, by halves, from the logits down."""
+def _shrink(kept: Tensor, enough: Callable[[Tensor], bool], go_on: Callable[[], bool]) -> Tensor | None:
+    """Cut what can be cut, by halves, from the logits down; None if it was stopped."""
     parts = [kept.nonzero().flatten()]
     while parts:
+        if not go_on():
+            return None
         part = parts.pop()
         fewer = kept.clone()
         fewer[part] = False

@@ -29,14 +29,14 @@ from sparsetrain.pruning.channel_edges import ChannelGraph
 from sparsetrain.pruning.circuit import Circuit, Edge, list_edges, save_circuit
 from sparsetrain.pruning.component_graph import ComponentGraph
 from sparsetrain.pruning.cut import ORDER_PROMPTS, Cut, Method, Problem, effects, find
-from sparsetrain.pruning.edges import EdgeSet, batches, edge_names
-from sparsetrain.pruning.evaluate import calibrate, task_score
+from sparsetrain.pruning.edges import EdgeSet, batches, edge_names, mean_metric
+from sparsetrain.pruning.evaluate import calibrate, task_losses, task_score
 from sparsetrain.pruning.graph import wires
 from sparsetrain.pruning.measures import full_model_logits, measure, nonsense_control, size_curve
 from sparsetrain.pruning.mib import mib_json
-from sparsetrain.pruning.objective import METRICS, task_loss
+from sparsetrain.pruning.objective import METRICS, Extremes
 from sparsetrain.pruning.space import EdgeSpace, NodeSpace, Space, Unit, Units, n_units
-from sparsetrain.tasks import TASKS, TaskData, encode_task, load_task
+from sparsetrain.tasks import TaskData, encode_task, load_task
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,14 @@ def prune(
     """
     run = Path(run)
     if method not in METHODS:
-        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise ConfigError(
+            f"method must be one of {', '.join(METHODS)} (or, at the command line, probing), got {method!r}"
+        )
+    if config.node_masks.search_trials and method != "node_masks":
+        raise ConfigError(
+            f"node_masks.search_trials must be 0 with another method, got {config.node_masks.search_trials} with "
+            f"{method}; the search is over settings of node_masks"
+        )
     model, tokenizer, run_config = checkpoint.load_run(run, device, at)
     model.requires_grad_(False)
     chosen = load_task(task)
@@ -220,15 +227,23 @@ def circuit_edges(space: Space, kept: Units, ranking: dict[str, Tensor]) -> list
 def look_for_alternatives(problem: Problem, cut: Cut, ranking: EdgeSet) -> Alternatives:
     """Other minimal circuits among the edges of a circuit and as many of the next best, on some of its prompts.
 
-    OR-like redundancy shows here: of two branches that each suffice a circuit has one.
+    OR-like redundancy shows here: of two branches that each suffice a circuit has one. They do as well as the circuit,
+    to ALTERNATIVE_TOLERANCE of the loss that it was cut at: with its calibration, without which a model that prefers
+    one answer throughout loses nothing when all is cut.
     """
     space, config = problem.space, problem.config
     near = space.top({group: scores.abs() for group, scores in ranking.items()}, 2 * n_units(cut.kept))
     edges = {group: kept | cut.kept[group] for group, kept in near.items()}
     some = problem.data.take(slice(0, ORDER_PROMPTS))
     prompts = list(batches(space.of, some, problem.ablation))
+
+    def metric(outputs: Tensor, data: TaskData, extremes: Extremes) -> Tensor:
+        return -task_losses(cut.calibration(outputs, data))
+
+    better = mean_metric(space.of, prompts, edges, metric) - mean_metric(space.of, prompts, cut.kept, metric)
     log.info("looking for alternatives, %d runs at most", config.alternative_runs)
-    return alternatives(space.of, prompts, task_loss, edges, ALTERNATIVE_TOLERANCE, config.alternative_runs)
+    tolerance = ALTERNATIVE_TOLERANCE + max(0.0, better)
+    return alternatives(space.of, prompts, metric, edges, tolerance, config.alternative_runs)
 
 
 def _save_extras(folder: Path, space: Space, kept: Units, ranking: EdgeSet, found: Alternatives | None) -> None:
@@ -278,7 +293,7 @@ def _summarise(run: Path, newest: dict[str, Any]) -> None:
 
 def _task_reference(task: str) -> str:
     """What finds the task again from anywhere: its name, or its file's whole path."""
-    return task if task in TASKS else str(Path(task).resolve())
+    return str(Path(task).resolve()) if Path(task).suffix == ".jsonl" else task
 
 
 def _why(cut: Cut, full_loss: float, config: PruneConfig) -> str:
