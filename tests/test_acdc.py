@@ -91,6 +91,12 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path):
     )
     with pytest.raises(ValueError, match="must hold a search with the same settings, got taus .*; delete it"):
         acdc.rank(*arguments[:-1], AcdcOptions(n_taus=3), state)
+    case.graph.model.unembed.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="must hold a search with the same settings, got weights and prompts"):
+        acdc.rank(*arguments, state)
+    state.write_text("{")
+    with pytest.raises(ValueError, match="must hold a saved search, got: .*; delete it to start anew"):
+        acdc.rank(*arguments, state)
 
 
 def test_hours_are_announced(monkeypatch, caplog):

@@ -83,6 +83,13 @@ def test_a_state_of_another_training_is_refused(tmp_path):
     rank("edge", circuit, state=path)
     with pytest.raises(mask_training.StateError, match=r"must be of this training.*seed=1.*delete it to start anew"):
         rank("edge", circuit, seed=1, state=path)
+    other = dataclasses.replace(circuit, data=circuit.data.take(range(len(circuit.data))[::-1]))
+    with pytest.raises(mask_training.StateError, match="must be of this training"):
+        rank("edge", other, state=path)
+    bias = circuit.graph.model.unembed.weight[0, 0]
+    bias += 1
+    with pytest.raises(mask_training.StateError, match="must be of this training"):
+        rank("edge", circuit, state=path)
     path.write_bytes(b"no tensors")
     with pytest.raises(mask_training.StateError, match="must be a saved training, got: .*; delete it to start anew"):
         rank("edge", circuit, state=path)

@@ -1,5 +1,6 @@
 """The whole stage on a trained tiny run: files, measures, controls, and answers to what cannot be done."""
 
+import dataclasses
 import json
 
 import pytest
@@ -229,3 +230,6 @@ def test_the_circuits_of_all_kept_checkpoints(tiny_run, task):
     assert json.loads(over_training(tiny_run, task, config, "attribution").read_text()) == rows
     assert {f: f.stat().st_mtime_ns for f in kept} == kept, "nothing is done twice"
     assert "target not reached" in write_formation_page(file).read_text()
+    other = dataclasses.replace(config, target_loss=0.0)
+    file = over_training(tiny_run, task, other, "attribution")
+    assert not any(row["reached"] for row in json.loads(file.read_text())), "nothing of the other target is left"

@@ -52,7 +52,8 @@ def rankers() -> dict[str, Ranker]:
 
 def random_scores(graph: EdgeGraph, data: TaskData, ablation: Ablation, seed: int) -> EdgeSet:
     """What a ranking is worth that knows nothing."""
-    return unflat(graph, torch.rand(n_edges(graph.edges), generator=torch.Generator().manual_seed(seed)))
+    drawn = torch.rand(n_edges(graph.edges), generator=torch.Generator().manual_seed(seed))
+    return unflat(graph, drawn.to(graph.model.unembed.weight.device))
 
 
 def _ranker(rank: Callable[..., EdgeSet], metric: Metric, options: Any) -> Ranker:

@@ -31,6 +31,10 @@ class Ablation:
     kind: AblationKind
     values: dict[str, Tensor]
 
+    def label(self) -> str:
+        """Its kind, and how much it holds to four digits, by which a saved search tells it from others."""
+        return f"{self.kind} {sum(x.double().norm().item() for x in self.values.values()):.4g}"
+
     def replacements(self, read: Read, data: TaskData, places: Tensor) -> dict[str, Tensor]:
         """For each name what replaces the activations of these prompts; it broadcasts over (..., N, T, width).
 

@@ -4,7 +4,6 @@ Many thresholds are followed at once. Those that have made the same choices so f
 edge's effect lies between them; so a sweep costs little more than its thresholds differ.
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from sparsetrain.config import AcdcOptions, ConfigError
 from sparsetrain.files import write_json
 from sparsetrain.pruning.ablation import Ablation
-from sparsetrain.pruning.edges import Batch, EdgeGraph, EdgeSet, batches, flat, mean_metric, unflat
+from sparsetrain.pruning.edges import Batch, EdgeGraph, EdgeSet, batches, fingerprint, flat, mean_metric, unflat
 from sparsetrain.pruning.objective import Metric
 from sparsetrain.tasks import TaskData
 
@@ -100,8 +99,7 @@ def _search(
     rows = _rows(graph)
     search = {
         "taus": taus, "metric": metric.__name__, "graph": graph.kind, "n_edges": len(everything), "seed": seed,
-        "ablation": ablation.kind, "prompts": hashlib.sha256(data.tokens.cpu().numpy().tobytes()).hexdigest(),
-        "full_model": branches[0].value,
+        "ablation": ablation.label(), "weights and prompts": fingerprint(graph, data),
     }  # fmt: skip
     first, branches = _resume(state, search, branches)
     tried = sum(map(len, rows[:first]))
@@ -165,19 +163,21 @@ def _resume(state: Path | None, search: dict[str, object], start: list[Branch]) 
     """How many targets a saved search has visited, and its branches; none and `start` where there is no file."""
     if state is None or not state.exists():
         return 0, start
-    saved = json.loads(state.read_text())
-    if saved["search"] != search:
-        other = ", ".join(
-            f"{k} {saved['search'].get(k)!r} for {v!r}" for k, v in search.items() if saved["search"].get(k) != v
-        )
+    try:
+        saved = json.loads(state.read_text())
+        found, done, packed = (saved[key] for key in ("search", "rows", "branches"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{state} must hold a saved search, got: {error!r}; delete it to start anew") from None
+    if found != search:
+        other = ", ".join(f"{k} {found.get(k)!r} for {v!r}" for k, v in search.items() if found.get(k) != v)
         raise ConfigError(
             f"{state} must hold a search with the same settings, got {other}; delete it or name another file"
         )
     like = start[0].kept
     branches = []
-    for branch in saved["branches"]:
+    for branch in packed:
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(branch["kept"]), np.uint8), count=len(like))
         kept = torch.from_numpy(bits.astype(bool)).to(like.device)
         branches.append(Branch(branch["taus"], kept, branch["value"]))
-    log.info("acdc goes on from %s, %d targets done", state, saved["rows"])
-    return saved["rows"], branches
+    log.info("acdc goes on from %s, %d targets done", state, done)
+    return done, branches

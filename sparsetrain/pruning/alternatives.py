@@ -53,9 +53,12 @@ def alternatives(
         n_runs += 1
         return mean_metric(graph, prompts, unflat(graph, kept), metric) >= target
 
+    def go_on() -> bool:
+        return n_runs < most_runs
+
     found: list[Tensor] = []
     queue, queued = deque([frozenset[int]()]), set[frozenset[int]]()
-    while queue and n_runs < most_runs:
+    while queue and go_on():
         forbidden = queue.popleft()
         circuit = next((c for c in found if not c[list(forbidden)].any()), None)
         if circuit is None:
@@ -63,7 +66,7 @@ def alternatives(
             rest[list(forbidden)] = False
             if not enough(rest):
                 continue
-            circuit = _shrink(rest, enough, lambda: n_runs < most_runs)
+            circuit = _shrink(rest, enough, go_on)
             if circuit is None:
                 queue.appendleft(forbidden)
                 break

@@ -4,6 +4,7 @@ An edge set has for each group of targets a tensor (n_targets, n_sources): boole
 gradients flow to, or a score. Where `graph.edges` is false there is no edge, whatever a set holds there.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -103,6 +104,15 @@ def top_edges(graph: EdgeGraph, scores: EdgeSet, n: int) -> EdgeSet:
     chosen = torch.zeros(len(values), dtype=torch.bool, device=values.device)
     chosen[values.argsort(descending=True, stable=True)[:n]] = True
     return unflat(graph, chosen)
+
+
+def fingerprint(graph: EdgeGraph, data: TaskData) -> str:
+    """A hash of a model's weights and of the prompts, answers and partners that it is asked for."""
+    digest = hashlib.sha256()
+    answers = (data.last, data.correct, data.wrong, data.corrupted, data.correct_set, data.wrong_set)
+    for tensor in (*graph.model.state_dict().values(), data.tokens, *answers):
+        digest.update(b"" if tensor is None else tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def edge_names(graph: EdgeGraph, edges: EdgeSet) -> list[tuple[str, str]]:

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 from sparsetrain.checkpoint import CheckpointError, checkpoints
-from sparsetrain.config import PruneConfig
-from sparsetrain.files import write_json
+from sparsetrain.config import PruneConfig, config_to_dict
+from sparsetrain.data import file_hash
+from sparsetrain.files import write_json, write_whole
 from sparsetrain.pruning.circuit import load_circuit
 from sparsetrain.pruning.prune import circuit_folder, prune
 from sparsetrain.tasks import load_task
@@ -20,7 +22,7 @@ SHOWN = ("task_loss", "full_model_loss", "full_model_loss_calibrated", "complete
 def over_training(
     run: str | Path, task: str, config: PruneConfig, method: str = "node_masks", device: str = "cpu"
 ) -> Path:
-    """Prune every kept checkpoint of a run for a task; what is there already is not done again.
+    """Prune every kept checkpoint of a run for a task; what the same settings have found already is not done again.
 
     Args:
         run: a run directory; `train.keep_checkpoints` says how many it keeps.
@@ -45,8 +47,12 @@ def over_training(
     for i, at in enumerate(kept, 1):
         log.info("checkpoint %d of %d: %s", i, len(kept), at.name)
         folder = circuit_folder(run, name, config.name or method, at)
-        if not (folder / "circuit.json").exists() and not (folder / "unreached.json").exists():
+        settings = json.dumps([method, config_to_dict(config), file_hash(at / "model.safetensors")], indent=1)
+        done = folder.with_name(f".{at.name}-settings.json")
+        if not done.exists() or done.read_text() != settings:
+            shutil.rmtree(folder, ignore_errors=True)
             prune(run, task, config, method, device, at)
+            write_whole(done, settings.encode())
         rows.append({"step": int(at.name.removeprefix("step_")), **_row(folder)})
     file = circuit_folder(run, name, config.name or method, kept[0]).parent / "formation.json"
     write_json(file, rows)

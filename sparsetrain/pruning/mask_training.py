@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sparsetrain.config import ConfigError
 from sparsetrain.files import write_whole
 from sparsetrain.pruning.ablation import Ablation, draw_places
-from sparsetrain.pruning.edges import EdgeGraph, all_answer_logits, answer_logits, like, n_edges, unflat
+from sparsetrain.pruning.edges import EdgeGraph, all_answer_logits, answer_logits, fingerprint, like, n_edges, unflat
 from sparsetrain.pruning.objective import Extremes, Metric
 from sparsetrain.tasks import TaskData
 
@@ -120,7 +120,8 @@ def about(graph: EdgeGraph, data: TaskData, ablation: Ablation, metric: Metric, 
     return {
         "graph": f"{graph.kind}, {n_edges(graph.edges)} edges",
         "data": f"{data.name}, {len(data)} prompts",
-        "ablation": ablation.kind,
+        "weights and prompts": fingerprint(graph, data)[:16],
+        "ablation": ablation.label(),
         "metric": getattr(metric, "__name__", "metric"),
         "options": repr(options),
     }
