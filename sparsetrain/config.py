@@ -265,7 +265,6 @@ class AttributionOptions:
 class AcdcOptions:
     """Thresholds of automatic circuit discovery (Conmy et al. 2023)."""
 
-    tau: float = option(0.0575, "an edge is cut where the metric falls by less", "units of the metric", low=0)
     lowest_tau: float = option(1e-6, "least threshold of a ranking", "units of the metric", low=1e-12)
     highest_tau: float = option(1.0, "greatest threshold of a ranking", "units of the metric", low=1e-12)
     n_taus: int = option(31, "thresholds of a ranking, evenly spaced in the logarithm", low=1)

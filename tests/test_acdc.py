@@ -24,7 +24,7 @@ def known(name: str, kind: str = "zero"):
 def test_known_circuits_are_found_exactly(name, kind):
     case = known(name, kind)
     arguments = case.graph, case.data, case.ablation, objective.squared_error
-    found = acdc.find(*arguments, AcdcOptions(tau=1e-4))
+    found = acdc.find(*arguments, 1e-4)
     assert compare(case.graph, found, case.edges)["exact"]
     scores = acdc.rank(*arguments, AcdcOptions(lowest_tau=1e-5, highest_tau=0.1, n_taus=5))
     assert auroc(case.graph, scores, case.edges) == 1
@@ -44,7 +44,7 @@ def test_a_sweep_is_many_searches_in_one():
     scores = acdc.rank(*arguments, AcdcOptions(lowest_tau=0.001, highest_tau=10, n_taus=5))
     expected = torch.zeros(edges.n_edges(graph.edges))
     for tau in (0.001, 0.01, 0.1, 1, 10):
-        expected[edges.flat(graph, acdc.find(*arguments, AcdcOptions(tau=tau)))] = tau
+        expected[edges.flat(graph, acdc.find(*arguments, tau))] = tau
     torch.testing.assert_close(edges.flat(graph, scores), expected)
     assert len(expected.unique()) > 2, "the thresholds must not all choose alike"
 
@@ -53,7 +53,7 @@ def test_of_an_or_it_keeps_one_branch():
     """What makes alternatives worth asking for (`alternatives.py`)."""
     graph, data = ComponentGraph(gate("or"), split_embedding=True), gate_data("or")
     ablation = build_ablation(graph.read, "corrupted", [], data)
-    found = acdc.find(graph, data, ablation, objective.logit_difference, AcdcOptions(tau=1e-3))
+    found = acdc.find(graph, data, ablation, objective.logit_difference, 1e-3)
     branch = [("tokens", "a0.h0<v>"), ("a0.h0", "m0"), ("m0", "logits")]
     assert compare(graph, found, named_edges(graph, branch))["exact"]
 
@@ -102,5 +102,5 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path):
 def test_hours_are_announced(monkeypatch, caplog):
     case = known("hist")
     monkeypatch.setattr(acdc, "LONG", 0)
-    acdc.find(case.graph, case.data, case.ablation, objective.squared_error, AcdcOptions(tau=1e-4))
+    acdc.find(case.graph, case.data, case.ablation, objective.squared_error, 1e-4)
     assert "once for each of 13 edges of the component graph" in caplog.text

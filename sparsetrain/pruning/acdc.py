@@ -42,11 +42,15 @@ def find(
     data: TaskData,
     ablation: Ablation,
     metric: Metric,
-    options: AcdcOptions,
+    tau: float,
+    seed: int = 0,
     state: Path | None = None,
 ) -> EdgeSet:
-    """The edges that one threshold, `options.tau`, keeps. Arguments and errors are those of `rank`."""
-    (branch,) = _search(graph, data, ablation, metric, [options.tau], options.seed, state)
+    """The edges that one threshold keeps: those without which the metric falls by `tau` or more.
+
+    Other arguments and errors are those of `rank`. Conmy et al. 2023 take 0.0575 of KL for IOI.
+    """
+    (branch,) = _search(graph, data, ablation, metric, [tau], seed, state)
     return unflat(graph, branch.kept)
 
 
