@@ -434,7 +434,8 @@ def _build(kind: type[C], leaves: Mapping[str, Any]) -> C:
         try:
             OmegaConf.update(tree, key, value)
         except OmegaConfBaseException as error:
-            problems.append(f"{key} must be {_type_name(known[key].type)}, got {value!r} ({_first_line(error)})")
+            reason = "" if get_origin(known[key].type) is Literal else f" ({_first_line(error)})"  # it lists them again
+            problems.append(f"{key} must be {_type_name(known[key].type)}, got {value!r}{reason}")
     try:
         problems += _out_of_range(tree, known)
         config = None if problems else OmegaConf.to_object(tree)
