@@ -147,39 +147,41 @@ def _shown(loss: float) -> str:
 def _missed_target(m: Measures) -> str | None:
     if m["task_loss"] <= m["target_loss"]:
         return None
-    if m["train_loss"] > m["target_loss"]:
+    if m.get("size") is not None and m["train_loss"] > m["target_loss"]:
         return (
-            f"The circuit was cut at a size, not at the target of {m['target_loss']:g}, which it misses: "
-            f"{_shown(m['train_loss'])} on the prompts it was found on, {_shown(m['task_loss'])} on held-out ones."
+            f"A circuit of {m['size']} {m['units']}, as it was asked for, misses the target of {m['target_loss']:g}: "
+            f"{_shown(m['train_loss'])} on the prompts it was found on, {_shown(m['task_loss'])} on held-out ones "
+            f"(chance {_shown(m['chance_loss'])})."
         )
     return (
-        f"The target of {m['target_loss']:g} was reached on the prompts the masks were learnt on "
+        f"The target of {m['target_loss']:g} was reached on the prompts the circuit was found on "
         f"({_shown(m['train_loss'])}), not on held-out ones ({_shown(m['task_loss'])})."
     )
 
 
 def _better_than_model(m: Measures) -> str | None:
-    if m["task_loss"] >= m["full_model_loss_calibrated"]:
+    circuit, model = m["task_loss"], m["full_model_loss_calibrated"]
+    if circuit >= model or _shown(circuit) == _shown(model):
         return None
     return (
-        f"The circuit's loss ({_shown(m['task_loss'])}) is below the full model's, calibrated alike "
-        f"({_shown(m['full_model_loss_calibrated'])}): the masks have learnt some of the task themselves. Do not read "
-        "the difference as the model's own ability."
+        f"The circuit's loss ({_shown(circuit)}) is below the full model's, calibrated alike ({_shown(model)}): some "
+        "of the task was learnt by choosing what is kept. Do not read the difference as the model's own ability."
     )
 
 
 def _dangles(m: Measures) -> str | None:
     if not m["n_dangling"]:
         return None
-    return (
-        f"{m['n_dangling']} of its parts lie on no path from the tokens to the logits, yet the target is missed "
-        "without them: they act through the scale of a norm, or as constants."
-    )
+    lie = "lies" if m["n_dangling"] == 1 else "lie"
+    said = f"{m['n_dangling']} of the {m.get('units', 'nodes')} {lie} on no path from the tokens to the logits"
+    if m.get("size") is not None:
+        return f"{said}: a circuit of a given size is not cleaned, and keeps what its ranking puts first."
+    return f"{said}, yet the target is missed without: an effect through the scale of a norm, or of a constant."
 
 
 def _rests_on_calibration(m: Measures) -> str | None:
-    if m["task_loss_uncalibrated"] <= m["chance_loss"]:
-        return None
+    if m["task_loss_uncalibrated"] <= m["chance_loss"] or m["task_loss"] > 0.95 * m["chance_loss"]:
+        return None  # calibrated it is no better than chance either: nothing moves apart
     return (
         f"Without calibration the circuit's loss is {_shown(m['task_loss_uncalibrated'])}, no better than chance: "
         "it moves the answers apart, but where the line between them lies was fitted."
@@ -190,9 +192,10 @@ def _not_needed(m: Measures) -> str | None:
     if m["completeness_loss"] > m["random_ablation_loss"] + 2 * m["random_ablation_loss_std"]:
         return None
     return (
-        "Ablating the circuit hurts the model no more than ablating random parts: it can do the task, but the model "
-        "does not need it, and other parts do the task too."
-    )
+        "Ablating the circuit hurts the model no more than ablating random parts: "
+        + ("it can do the task, but the model does not need it, and other parts do the task too."
+           if m["task_loss"] <= m["target_loss"] else "the model does not need it for the task.")
+    )  # fmt: skip
 
 
 def _other_predictions(m: Measures) -> str | None:
@@ -206,7 +209,8 @@ def _other_predictions(m: Measures) -> str | None:
 
 def _nonsense_as_easy(m: Measures) -> str | None:
     control = m["nonsense"]
-    if not control["reached"] or control["n_nodes"] > m["n_nodes"]:
+    counted = "n_edges" if m.get("units") == "edges" else "n_nodes"
+    if not control["reached"] or control[counted] > m[counted]:
         return None
     return (
         "The same search finds a circuit at most as large for nonsense answers: its small size says nothing about "

@@ -17,6 +17,8 @@ from sparsetrain.config import (
 )
 
 KEYS = "\nkeys, given as key=value or in a YAML file, with their defaults:\n"
+PROBING_KEYS = "\n\nkeys of --method probing, which takes these in place of the ones above:\n"
+METHODS = ("node_masks", "attribution", "edge_masks", "topk_masks", "acdc", "probing")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,15 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--examples", action="store_true", help="print a prompt pair of each task as well")
 
     made = add("prune", _prune, "Extract the circuit of a task from a run and measure it.", PruneConfig)
+    made.epilog += PROBING_KEYS + describe_keys(ProbingOptions)
     made.add_argument("run", help="a run directory")
     made.add_argument("config", nargs="*", metavar="FILE.yaml | key=value")
-    made.add_argument("--task", required=True, help="a built-in task, or a JSON-lines file")
-    made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     made.add_argument(
-        "--method", default="node_masks",
-        help="node_masks (default), edge_masks, topk_masks, attribution, acdc, or probing, whose keys are others: "
-        "--print-config shows them",
+        "--task", required=True,
+        help="a built-in task (`sparsetrain tasks RUN` lists them), or a JSON-lines file; with --method probing: "
+        "subject_verb, reflexive or squares_mod_113",
     )  # fmt: skip
+    made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    made.add_argument("--method", default="node_masks", help=f"{', '.join(METHODS)} (default node_masks)")
     made.add_argument("--over-training", action="store_true", help="prune every kept checkpoint; draw when it forms")
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
@@ -104,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     made = add("page", _page, "Write the page of a circuit again, from what the run directory holds.")
     made.add_argument("run", help="a run directory")
-    made.add_argument("--task", required=True)
+    made.add_argument("--task", required=True, help="its name: the folder under circuits/")
     made.add_argument("--circuit", default="node_masks", help="its folder's name: the method, or what `name` was")
     return parser
 
@@ -175,13 +178,15 @@ def _tasks(options: argparse.Namespace) -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
+    if options.method not in METHODS:  # before a model is read
+        raise ConfigError(f"--method must be one of {', '.join(METHODS)}, got {options.method!r}")
     probing = options.method == "probing"
+    if probing and options.over_training:
+        raise ConfigError("--over-training must go with a method of circuits, got --method probing")
     config = load_config(ProbingOptions if probing else PruneConfig, options.config)
     if options.print_config:
         print(config_to_yaml(config), end="")
         return
-    if probing and options.over_training:
-        raise ConfigError("--over-training must go with a method that finds circuits, got probing; leave it out")
     if probing:
         return _probe(options, config)
     if options.over_training:

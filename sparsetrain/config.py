@@ -317,6 +317,9 @@ class PruneConfig:
     random_sets: int = option(10, "random circuits the circuit is compared with", low=1)
     nonsense: bool = option(True, "also search a circuit for the same prompts with nonsense answers")
     seed: int = option(0, "seed of prompts and random sets, and of node_masks; other methods have their own", low=0)
+    effect_units: int = option(
+        1000, "greatest number of units whose effects on the held-out loss are measured one by one", "units", low=0
+    )
     alternative_runs: int = option(
         200, "circuits of edges tried to find other minimal ones beside the one that was found; 0: none", low=0
     )
@@ -432,7 +435,8 @@ def _build(kind: type[C], leaves: Mapping[str, Any]) -> C:
         try:
             OmegaConf.update(tree, key, value)
         except OmegaConfBaseException as error:
-            problems.append(f"{key} must be {_type_name(known[key].type)}, got {value!r} ({_first_line(error)})")
+            reason = "" if get_origin(known[key].type) is Literal else f" ({_first_line(error)})"  # it lists them again
+            problems.append(f"{key} must be {_type_name(known[key].type)}, got {value!r}{reason}")
     try:
         problems += _out_of_range(tree, known)
         config = None if problems else OmegaConf.to_object(tree)

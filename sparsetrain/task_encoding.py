@@ -44,7 +44,8 @@ def encode_pair(pair: Pair, tokenizer: Tokenizer, n_ctx: int, whole_answers: boo
             raise Refused(f"a prompt has {len(ids)} tokens, where n_ctx {n_ctx} allows 1 to {n_ctx - 1}")
     partners = _partners(pair, prompts, tokenizer) if isinstance(pair, AlignedPair) else prompts[::-1]
     if aligned and len(prompts[0]) != len(prompts[1]):
-        raise Refused(f"its prompts have {len(prompts[0])} and {len(prompts[1])} tokens, where they must be as long")
+        lengths = f"{len(prompts[0])} and {len(prompts[1])}"
+        raise Refused(f"its prompts have {lengths} tokens, where ablation=corrupted needs equally many")
     answers = (
         _answer(pair.positive, prompts[0], pair.positive_answer, tokenizer, whole_answers),
         _answer(pair.negative, prompts[1], pair.negative_answer, tokenizer, whole_answers),

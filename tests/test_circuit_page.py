@@ -170,7 +170,7 @@ def test_every_measure_has_a_row_and_missing_ones_have_none():
     ("changed", "said"),
     [
         ({"task_loss": 0.3}, "not on held-out ones"),
-        ({"task_loss": 0.05}, "have learnt some of the task themselves"),
+        ({"task_loss": 0.05}, "learnt by choosing what is kept"),
         ({"task_loss_uncalibrated": 0.8}, "was fitted"),
         ({"completeness_loss": 0.15}, "the model does not need it"),
         ({"n_dangling": 2}, "2 of its parts lie on no path"),
@@ -182,6 +182,21 @@ def test_each_caution_is_given_where_it_is_due(changed, said):
     assert cautions(MEASURES) == []
     [caution] = cautions(MEASURES | changed)
     assert said in caution
+
+
+def test_a_circuit_of_a_given_size_claims_no_target_that_it_missed():
+    """It was cut at its size, whatever its loss, and not cleaned."""
+    sized = MEASURES | {"size": 12, "units": "edges", "task_loss": 0.69, "train_loss": 0.68, "n_dangling": 1}
+    missed, needed, dangles = cautions(sized | {"completeness_loss": 0.1, "task_loss_uncalibrated": 0.8})
+    assert missed.startswith("A circuit of 12 edges, as it was asked for, misses the target of 0.25: 0.680 on")
+    assert "can do the task" not in needed
+    assert dangles.startswith("1 of the edges lies on no path") and "target" not in dangles
+    [caution] = cautions(sized | {"train_loss": 0.2, "n_dangling": 0})
+    assert "not on held-out ones" in caution
+
+
+def test_a_loss_that_is_the_models_as_shown_is_not_called_less():
+    assert cautions(MEASURES | {"task_loss": 1e-5, "full_model_loss_calibrated": 2e-5}) == []
 
 
 @pytest.fixture(scope="module")

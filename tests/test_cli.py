@@ -2,8 +2,10 @@
 
 import pytest
 
+from sparsetrain import cli
 from sparsetrain.cli import main
-from sparsetrain.config import RunConfig, known_keys
+from sparsetrain.config import ProbingOptions, PruneConfig, RunConfig, known_keys
+from sparsetrain.pruning import prune
 
 
 def test_print_config_resolves_files_and_overrides(tmp_path, capsys):
@@ -33,6 +35,17 @@ def test_help_lists_every_key(capsys):
     assert all(f"{key}=" in out for key, _ in known_keys(RunConfig))
 
 
+def test_help_of_prune_lists_every_method_and_its_keys(capsys):
+    assert set(cli.METHODS) == {*prune.METHODS, "probing"}
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    out = capsys.readouterr().out
+    assert all(method in out.split("keys, given as")[0] for method in cli.METHODS)
+    circuits, probing = out.split("keys of --method probing")
+    assert all(f" {key}=" in circuits for key, _ in known_keys(PruneConfig))
+    assert all(f" {key}=" in probing for key, _ in known_keys(ProbingOptions))
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -41,7 +54,8 @@ def test_help_lists_every_key(capsys):
         (["tasks", "nowhere"], "must be a run directory with a model or a checkpoint"),
         (["prune", "nowhere", "--task", "for_while"], "must be a run directory with a model or a checkpoint"),
         (["prune", "nowhere", "--task", "for_while", "node_masks.step=3"], "did you mean node_masks.steps?"),
-        (["prune", "nowhere", "--task", "t", "--method", "probing", "--over-training"], "got probing; leave it out"),
+        (["prune", "nowhere", "--task", "for_while", "--method", "eap"], "topk_masks, acdc, probing, got 'eap'"),
+        (["prune", "nowhere", "--task", "reflexive", "--method", "probing", "--over-training"], "method of circuits"),
         (["page", "nowhere", "--task", "for_while"], "nowhere"),
     ],
 )

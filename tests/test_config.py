@@ -35,6 +35,12 @@ def test_yaml_and_dict_read_back_to_the_same_config(kind, tmp_path):
     assert config_from_dict(kind, config_to_dict(config)) == config
 
 
+def test_choices_are_listed_once():
+    with pytest.raises(ConfigError) as error:
+        load_config(PruneConfig, ["metric=klx"])
+    assert str(error.value).endswith("|projection, got 'klx'")
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -82,6 +82,10 @@ def rank(
 
     Source: Conmy et al. 2023, algorithm 1; thresholds 10^linspace(-6, 0, 31) as in the released sweeps.
     """
+    if options.lowest_tau > options.highest_tau:
+        raise ConfigError(
+            f"acdc.lowest_tau must be at most acdc.highest_tau = {options.highest_tau}, got {options.lowest_tau}"
+        )
     taus = np.logspace(np.log10(options.lowest_tau), np.log10(options.highest_tau), options.n_taus).tolist()
     scores = torch.zeros(len(flat(graph, graph.edges)))
     for branch in _search(graph, data, ablation, metric, taus, options.seed, state):

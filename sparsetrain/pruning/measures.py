@@ -44,10 +44,12 @@ def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
         cut: the circuit's units and calibration.
 
     Returns:
-        graph; units: `nodes` or `edges`, whatever the circuit was cut out of.
+        graph; units: `nodes` or `edges`, whatever the circuit was cut out of; size: how many were asked
+        for, None where the target decided.
         task_loss, task_accuracy: of the circuit alone, calibrated (the target's terms); task_loss_se: the loss's
         standard error over the `n_prompts` held-out prompts; task_loss_uncalibrated.
-        n_nodes, n_edges; n_dangling: units on no path that the target could not spare (see `cut.clean`).
+        n_nodes, n_edges; n_dangling: units on no path that the target could not spare (see `cut.clean`), or that a
+        size took in.
         logit_difference: right minus wrong, a mean over prompts, uncalibrated; faithfulness: how far it is from that
         with everything ablated (0) to that of the full model (1); it may leave this range.
         kl: to the full model over the vocabulary, uncalibrated; agreement: share of prompts where circuit and model
@@ -78,6 +80,7 @@ def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
     return {
         "graph": space.kind,
         "units": space.units,
+        "size": config.size,
         "task_loss": loss,
         "task_loss_se": _standard_error(task_losses(cut.calibration(alone, heldout))),
         "task_accuracy": accuracy,

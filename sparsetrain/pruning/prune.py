@@ -123,6 +123,8 @@ def prune(
         WriteError: a result could not be written.
     """
     run = Path(run)
+    if config.name is not None and Path(config.name).name != config.name:
+        raise ConfigError(f"name must be a folder's name without a path, got {config.name!r}")
     if method not in METHODS:
         raise ConfigError(
             f"method must be one of {', '.join(METHODS)} (or, at the command line, probing), got {method!r}"
@@ -260,7 +262,10 @@ def _save_extras(folder: Path, space: Space, kept: Units, ranking: EdgeSet, foun
 
 
 def unit_effects(problem: Problem, heldout: TaskData, cut: Cut) -> dict[Unit, float]:
-    """The rise of the held-out loss without each unit; of edges on fewer prompts, since there are many."""
+    """The rise of the held-out loss without each unit; of edges on fewer prompts, and of very many not at all."""
+    if n_units(cut.kept) > problem.config.effect_units:
+        log.info("%d %s are too many to measure one by one (effect_units)", n_units(cut.kept), problem.space.units)
+        return {}
     few = heldout if isinstance(problem.space, NodeSpace) else heldout.take(slice(0, ORDER_PROMPTS))
     return effects(dataclasses.replace(problem, data=few), cut.kept, cut.calibration)
 
