@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sparsetrain.checkpoint import load
-    from sparsetrain.config import PruneConfig, RunConfig, load_config
+    from sparsetrain.config import RunConfig, load_config
+    from sparsetrain.prune_config import PruneConfig
     from sparsetrain.pruning.circuit import load_circuit
     from sparsetrain.pruning.prune import prune
     from sparsetrain.train import train
@@ -13,7 +14,7 @@ _PUBLIC = {
     "load": ("sparsetrain.checkpoint", "load"),
     "load_config": ("sparsetrain.config", "load_config"),
     "RunConfig": ("sparsetrain.config", "RunConfig"),
-    "PruneConfig": ("sparsetrain.config", "PruneConfig"),
+    "PruneConfig": ("sparsetrain.prune_config", "PruneConfig"),
     "train": ("sparsetrain.train", "train"),
     "prune": ("sparsetrain.pruning.prune", "prune"),
     "load_circuit": ("sparsetrain.pruning.circuit", "load_circuit"),

@@ -6,15 +6,8 @@ import sys
 from pathlib import Path
 
 from sparsetrain.bench import command as bench
-from sparsetrain.config import (
-    ConfigError,
-    ProbingOptions,
-    PruneConfig,
-    RunConfig,
-    config_to_yaml,
-    describe_keys,
-    load_config,
-)
+from sparsetrain.config import ConfigError, RunConfig, config_to_yaml, describe_keys, load_config
+from sparsetrain.prune_config import ProbingOptions, PruneConfig
 
 KEYS = "\nkeys, given as key=value or in a YAML file, with their defaults:\n"
 PROBING_KEYS = "\n\nkeys of --method probing, which takes these in place of the ones above:\n"

@@ -5,8 +5,9 @@ import torch
 
 from sparsetrain.bench.known_circuits import PROGRAMS, by_removal, load_program, named_edges
 from sparsetrain.bench.made_circuits import gate, gate_data
-from sparsetrain.config import AcdcOptions, ModelOptions
+from sparsetrain.config import ModelOptions
 from sparsetrain.model import Transformer
+from sparsetrain.prune_config import AcdcOptions
 from sparsetrain.pruning import acdc, edges, objective
 from sparsetrain.pruning.ablation import build_ablation
 from sparsetrain.pruning.component_graph import ComponentGraph

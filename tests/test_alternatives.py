@@ -5,7 +5,7 @@ import pytest
 from sparsetrain.bench import made_circuits
 from sparsetrain.bench.known_circuits import named_edges
 from sparsetrain.bench.made_circuits import gate, gate_data
-from sparsetrain.config import PruneConfig
+from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning import alternatives as module
 from sparsetrain.pruning import edges, objective
 from sparsetrain.pruning.ablation import build_ablation

@@ -5,8 +5,9 @@ import torch
 
 from sparsetrain.bench.known_circuits import PROGRAMS, by_removal, load_program, named_edges
 from sparsetrain.bench.made_circuits import gate, gate_data
-from sparsetrain.config import AttributionOptions, RunConfig, load_config
+from sparsetrain.config import RunConfig, load_config
 from sparsetrain.model import Transformer
+from sparsetrain.prune_config import AttributionOptions
 from sparsetrain.pruning import attribution, curves, edges, evaluate, objective
 from sparsetrain.pruning.ablation import build_ablation, draw_places
 from sparsetrain.pruning.channel_edges import ChannelGraph

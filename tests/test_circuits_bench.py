@@ -10,7 +10,7 @@ import torch
 from sparsetrain.bench import circuits, circuits_report, known_circuits, run
 from sparsetrain.bench.kernels import BenchError
 from sparsetrain.cli import main
-from sparsetrain.config import EdgeMaskOptions, TopkMaskOptions
+from sparsetrain.prune_config import EdgeMaskOptions, TopkMaskOptions
 from sparsetrain.pruning.edges import batches, flat, n_edges, unflat
 
 CPU = torch.device("cpu")

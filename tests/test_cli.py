@@ -4,7 +4,8 @@ import pytest
 
 from sparsetrain import cli
 from sparsetrain.cli import main
-from sparsetrain.config import ProbingOptions, PruneConfig, RunConfig, known_keys
+from sparsetrain.config import RunConfig, known_keys
+from sparsetrain.prune_config import ProbingOptions, PruneConfig
 from sparsetrain.pruning import prune
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from sparsetrain.config import (
     ConfigError,
-    PruneConfig,
     RunConfig,
     config_from_dict,
     config_to_dict,
@@ -15,6 +14,7 @@ from sparsetrain.config import (
     known_keys,
     load_config,
 )  # fmt: skip
+from sparsetrain.prune_config import PruneConfig
 
 
 def test_files_and_overrides_apply_in_order(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsetrain.bench import known_circuits
-from sparsetrain.config import EdgeMaskOptions, TopkMaskOptions
+from sparsetrain.prune_config import EdgeMaskOptions, TopkMaskOptions
 from sparsetrain.pruning import cut as cutting
 from sparsetrain.pruning import edge_masks, edges, mask_training, topk_masks
 from sparsetrain.pruning.objective import squared_error

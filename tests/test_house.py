@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"kernels"},
     {"config", "files", "linear", "machine", "task_fragments"},
-    {"data", "model", "task_encoding", "task_files", "task_language", "task_prompts"},
+    {"data", "model", "prune_config", "task_encoding", "task_files", "task_language", "task_prompts"},
     {"sparsity", "checkpoint", "task_probing"},
     {"tasks"},
     {"candidates", "memory", "optim", "record", "threads"},

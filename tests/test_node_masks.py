@@ -6,8 +6,9 @@ import dataclasses
 import pytest
 import torch
 
-from sparsetrain.config import PruneConfig, RunConfig, load_config
+from sparsetrain.config import RunConfig, load_config
 from sparsetrain.model import Transformer
+from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning import evaluate, graph, node_masks
 from sparsetrain.pruning.ablation import Ablation, build_ablation, site_reader
 from sparsetrain.pruning.cut import Problem, find, smallest

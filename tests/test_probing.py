@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from sparsetrain.config import ConfigError, ProbingOptions, RunConfig, load_config
+from sparsetrain.config import ConfigError, RunConfig, load_config
 from sparsetrain.model import Transformer
+from sparsetrain.prune_config import ProbingOptions
 from sparsetrain.pruning import probing, probing_measures
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.probing_data import ProbeData, check_labels

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from sparsetrain.config import ProbingOptions, RunConfig, load_config
+from sparsetrain.config import RunConfig, load_config
+from sparsetrain.prune_config import ProbingOptions
 from sparsetrain.pruning import probing, probing_run
 from sparsetrain.pruning.circuit import CircuitError
 from sparsetrain.task_probing import write_squares

@@ -10,7 +10,8 @@ import sparsetrain
 from sparsetrain.analysis.circuit_page import write_page
 from sparsetrain.analysis.formation_page import write_formation_page
 from sparsetrain.checkpoint import checkpoints
-from sparsetrain.config import ConfigError, PruneConfig, load_config
+from sparsetrain.config import ConfigError, load_config
+from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning import graph
 from sparsetrain.pruning.channel_edges import ChannelGraph
 from sparsetrain.pruning.circuit import Circuit, list_edges, load_circuit

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsetrain.config import PruneConfig, load_config
+from sparsetrain.config import load_config
+from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning.prune import prune
 
 ROOT = Path(__file__).parents[1]

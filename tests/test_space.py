@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import sparsetrain
-from sparsetrain.config import PruneConfig, load_config
+from sparsetrain.config import load_config
+from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning import evaluate, graph, space
 from sparsetrain.pruning.ablation import build_ablation
 from sparsetrain.pruning.channel_edges import ChannelGraph

@@ -12,8 +12,8 @@ import torch
 
 from sparsetrain.bench.kernels import BenchError
 from sparsetrain.bench.known_circuits import PROGRAMS, TOLERANCE, KnownCircuit, change, known_circuits
-from sparsetrain.config import AcdcOptions, AttributionOptions, EdgeMaskOptions, TopkMaskOptions
 from sparsetrain.machine import describe
+from sparsetrain.prune_config import AcdcOptions, AttributionOptions, EdgeMaskOptions, TopkMaskOptions
 from sparsetrain.pruning import acdc, attribution, edge_masks, topk_masks
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.curves import auroc

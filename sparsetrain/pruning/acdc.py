@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsetrain.config import AcdcOptions, ConfigError
+from sparsetrain.config import ConfigError
 from sparsetrain.files import write_json
+from sparsetrain.prune_config import AcdcOptions
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.edges import Batch, EdgeGraph, EdgeSet, batches, fingerprint, flat, mean_metric, unflat
 from sparsetrain.pruning.objective import Metric

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsetrain.config import AttributionOptions, ConfigError
+from sparsetrain.config import ConfigError
+from sparsetrain.prune_config import AttributionOptions
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.component_graph import ComponentGraph
 from sparsetrain.pruning.eap import activations_on_the_way, component_scores, inputs_on_the_way

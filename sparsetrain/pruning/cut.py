@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsetrain.config import ConfigError, PruneConfig
+from sparsetrain.config import ConfigError
+from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.evaluate import Calibration, calibrate, task_score
 from sparsetrain.pruning.space import Space, Unit, Units, n_units, units, without

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.checkpoint import CheckpointError, checkpoints
-from sparsetrain.config import PruneConfig, config_to_dict
+from sparsetrain.config import config_to_dict
 from sparsetrain.data import file_hash
 from sparsetrain.files import write_json, write_whole
+from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning.circuit import load_circuit
 from sparsetrain.pruning.prune import circuit_folder, prune
 from sparsetrain.tasks import load_task

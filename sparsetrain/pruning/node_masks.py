@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsetrain.config import NodeMaskOptions
 from sparsetrain.model import Transformer
+from sparsetrain.prune_config import NodeMaskOptions
 from sparsetrain.pruning.ablation import Ablation, draw_places
 from sparsetrain.pruning.evaluate import Calibration, answer_logits, task_losses
 from sparsetrain.pruning.graph import node_sites

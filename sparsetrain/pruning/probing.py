@@ -14,9 +14,10 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsetrain.config import ConfigError, ProbingOptions
+from sparsetrain.config import ConfigError
 from sparsetrain.files import write_whole
 from sparsetrain.model import Transformer, site_widths
+from sparsetrain.prune_config import ProbingOptions
 from sparsetrain.pruning.ablation import BATCH, Ablation
 from sparsetrain.pruning.evaluate import mask_edits
 from sparsetrain.pruning.graph import NodeSet

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrain.config import ProbingOptions
 from sparsetrain.model import Transformer
+from sparsetrain.prune_config import ProbingOptions
 from sparsetrain.pruning.ablation import BATCH, Ablation
 from sparsetrain.pruning.evaluate import Calibration, all_answer_logits
 from sparsetrain.pruning.graph import NodeSet, n_nodes

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from sparsetrain import checkpoint
 from sparsetrain.checkpoint import whole_folder
-from sparsetrain.config import ProbingOptions, RunConfig
+from sparsetrain.config import RunConfig
 from sparsetrain.data import evaluation_batches
 from sparsetrain.model import Transformer
+from sparsetrain.prune_config import ProbingOptions
 from sparsetrain.pruning.ablation import Ablation, build_ablation, site_reader
 from sparsetrain.pruning.circuit import CircuitError
 from sparsetrain.pruning.graph import NodeSet

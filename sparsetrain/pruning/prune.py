@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from sparsetrain import checkpoint
-from sparsetrain.config import ConfigError, PruneConfig, RunConfig
+from sparsetrain.config import ConfigError, RunConfig
 from sparsetrain.data import evaluation_batches
 from sparsetrain.files import write_json
 from sparsetrain.machine import peak_bytes
 from sparsetrain.model import Transformer
+from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning import acdc, attribution, edge_masks, node_masks, topk_masks
 from sparsetrain.pruning.ablation import build_ablation
 from sparsetrain.pruning.alternatives import Alternatives, alternatives

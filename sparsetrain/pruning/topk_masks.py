@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsetrain.config import TopkMaskOptions
+from sparsetrain.prune_config import TopkMaskOptions
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.edges import EdgeGraph, EdgeSet, like, n_edges, unflat
 from sparsetrain.pruning.mask_training import Objective, State, about, adam_, build_objective, new_state, train
