@@ -30,3 +30,8 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'sparsetrain' has no attribute {name!r}")
     module, attribute = _PUBLIC[name]
     return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    """What a notebook completes; without it the names that are imported late are not offered."""
+    return sorted({*globals(), *__all__})

@@ -144,3 +144,7 @@ def test_an_exchanged_tokenizer_is_refused(tiny_run, tmp_path):
     (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
     with pytest.raises(CheckpointError, match="tokenizer.json is not the one .* was trained with"):
         sparsetrain.load(copy)
+
+
+def test_the_package_offers_its_names_before_they_are_imported():
+    assert set(sparsetrain.__all__) <= set(dir(sparsetrain))
