@@ -34,8 +34,8 @@ def cautions(measures: Measures) -> list[str]:
     """What a reader of these measures should not be misled by; empty where nothing stands out."""
     found = []
     for caution in (
-        _missed_target, _better_than_model, _rests_on_calibration, _not_needed, _other_predictions, _nonsense_as_easy,
-        _dangles,
+        _model_at_chance, _missed_target, _better_than_model, _rests_on_calibration, _not_needed, _other_predictions,
+        _nonsense_as_easy, _dangles,
     ):  # fmt: skip
         try:
             text = caution(measures)
@@ -142,6 +142,15 @@ def _alternatives(m: Measures) -> Reading:
 
 def _shown(loss: float) -> str:
     return f"{loss:.3f}" if loss >= 0.0005 else "< 0.001"
+
+
+def _model_at_chance(m: Measures) -> str | None:
+    if m["full_model_loss_calibrated"] <= 0.95 * m["chance_loss"]:
+        return None
+    return (
+        f"The full model itself is near chance ({_shown(m['full_model_loss_calibrated'])}, calibrated alike): there is "
+        "hardly anything that a circuit could be faithful to, and faithfulness, CPR and CMD say nothing."
+    )
 
 
 def _missed_target(m: Measures) -> str | None:

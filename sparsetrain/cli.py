@@ -146,6 +146,7 @@ def _import(options: argparse.Namespace) -> None:
     from sparsetrain.interop.huggingface import import_gpt2
 
     print(f"run directory: {import_gpt2(options.source, options.run)}")
+    print("no corpus came with it: prune it under ablation=mean_task, mean_position, zero or corrupted")
 
 
 def _tasks(options: argparse.Namespace) -> None:
@@ -207,7 +208,9 @@ def _probe(options: argparse.Namespace, config: ProbingOptions) -> None:
     found = probe_run(options.run, options.task, config, _device(options))
     print(f"{found.variable} in {found.sublayer}: {', '.join(found.neuron_names()) or 'no neuron'}")
     for name, measures in {"": found.measures, **found.controls}.items():
-        print("\n".join([f"control: {name}"] * bool(name) + [f"  {key:40} {value}" for key, value in measures.items()]))
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in measures.items() if v != ""}
+        print("\n".join([f"control: {name}"] * bool(name) + [f"  {key:40} {value}" for key, value in shown.items()]))
+    print(f"saved in {Path(options.run) / 'circuits' / options.task / 'probing'}")
 
 
 def _over_training(options: argparse.Namespace, config: PruneConfig) -> None:
@@ -236,8 +239,14 @@ def _device(options: argparse.Namespace):
 
 def _page(options: argparse.Namespace) -> None:
     from sparsetrain.analysis.circuit_page import write_page
+    from sparsetrain.pruning.circuit import CircuitError
 
-    print(write_page(options.run, Path(options.run) / "circuits" / options.task / options.circuit))
+    circuits = Path(options.run) / "circuits" / options.task
+    there = sorted(folder.name for folder in circuits.glob("[!.]*") if (folder / "circuit.json").exists())
+    if options.circuit not in there:
+        found = ", ".join(there) or "none"
+        raise CircuitError(f"--circuit must be one of those in {circuits}, which are {found}, got {options.circuit!r}")
+    print(write_page(options.run, circuits / options.circuit))
 
 
 def _measures_table(circuit) -> str:

@@ -173,7 +173,7 @@ def test_every_measure_has_a_row_and_missing_ones_have_none():
         ({"task_loss": 0.05}, "learnt by choosing what is kept"),
         ({"task_loss_uncalibrated": 0.8}, "was fitted"),
         ({"completeness_loss": 0.15}, "the model does not need it"),
-        ({"n_dangling": 2}, "2 of its parts lie on no path"),
+        ({"n_dangling": 2}, "2 of the nodes lie on no path"),
         ({"kl": 1.5}, "not the model's prediction"),
         ({"nonsense": MEASURES["nonsense"] | {"n_nodes": 40}}, "says nothing about how"),
     ],
