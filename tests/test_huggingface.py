@@ -132,7 +132,8 @@ def test_circuits_of_a_run_need_no_corpus(kind, theirs, tmp_path):
 
 def test_the_command_makes_a_run_whose_tasks_can_be_listed(theirs, tmp_path, capsys):
     assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out == f"run directory: {tmp_path / 'run'}\n"
+    first, advice = capsys.readouterr().out.splitlines()
+    assert first == f"run directory: {tmp_path / 'run'}" and "no corpus came with it" in advice
     (score,) = score_tasks(tmp_path / "run", 2, names=["while_return_true"])
     assert score.loss > 0
     assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "run")]) == 1

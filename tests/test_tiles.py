@@ -246,7 +246,7 @@ def test_wrong_arguments_are_refused_by_name():
         ops.norm_abs_topk(x, torch.ones(3), 1e-5, 2)
     with pytest.raises(ValueError, match=r"k must be in \[0, 4\], the width of x, got 5"):
         ops.act_abs_topk(x, 5, "gelu")
-    with pytest.raises(ValueError, match="activation must be one of gelu, relu, got 'silu'"):
+    with pytest.raises(ValueError, match="activation must be one of gelu, gelu_tanh, relu, got 'silu'"):
         ops.act_abs_topk(x, 2, "silu")
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"table must have shape \(4, 4\).*got \(4, 5\).*; tokens must be int64"):
