@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsetrain.bench.known_circuits import PROGRAMS, by_removal, load_program, named_edges
+from sparsetrain.bench.known_circuits import PROGRAMS, by_removal, known_circuits, load_program, named_edges
 from sparsetrain.bench.made_circuits import gate, gate_data
 from sparsetrain.config import ModelOptions
 from sparsetrain.model import Transformer
@@ -28,6 +28,16 @@ def test_known_circuits_are_found_exactly(name, kind):
     found = acdc.find(*arguments, 1e-4)
     assert compare(case.graph, found, case.edges)["exact"]
     scores = acdc.rank(*arguments, AcdcOptions(lowest_tau=1e-5, highest_tau=0.1, n_taus=5))
+    assert auroc(case.graph, scores, case.edges) == 1
+
+
+def test_the_known_channels_of_a_sparse_transformer_are_ranked_first():
+    (case,) = (
+        case for case in known_circuits([], made=True, device=torch.device("cpu"))
+        if (case.name, case.ablation.kind) == ("quote_closing", "zero")
+    )  # fmt: skip
+    assert case.graph.kind == "channel"
+    scores = acdc.rank(case.graph, case.data, case.ablation, objective.squared_error, AcdcOptions(n_taus=5))
     assert auroc(case.graph, scores, case.edges) == 1
 
 

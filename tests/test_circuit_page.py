@@ -176,12 +176,18 @@ def test_every_measure_has_a_row_and_missing_ones_have_none():
         ({"n_dangling": 2}, "2 of the nodes lie on no path"),
         ({"kl": 1.5}, "not the model's prediction"),
         ({"nonsense": MEASURES["nonsense"] | {"n_nodes": 40}}, "says nothing about how"),
+        ({"units": "edges", "nonsense": MEASURES["nonsense"] | {"n_edges": 80}}, "says nothing about how"),
     ],
 )
 def test_each_caution_is_given_where_it_is_due(changed, said):
     assert cautions(MEASURES) == []
     [caution] = cautions(MEASURES | changed)
     assert said in caution
+
+
+def test_a_model_at_chance_is_said_to_have_no_circuit_to_be_faithful_to():
+    assert not any("near chance" in caution for caution in cautions(MEASURES | {"full_model_loss_calibrated": 0.6}))
+    assert any("near chance" in caution for caution in cautions(MEASURES | {"full_model_loss_calibrated": 0.69}))
 
 
 def test_a_circuit_of_a_given_size_claims_no_target_that_it_missed():

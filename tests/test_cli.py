@@ -57,7 +57,10 @@ def test_help_of_prune_lists_every_method_and_its_keys(capsys):
         (["prune", "nowhere", "--task", "for_while", "node_masks.step=3"], "did you mean node_masks.steps?"),
         (["prune", "nowhere", "--task", "for_while", "--method", "eap"], "topk_masks, acdc, probing, got 'eap'"),
         (["prune", "nowhere", "--task", "reflexive", "--method", "probing", "--over-training"], "method of circuits"),
-        (["page", "nowhere", "--task", "for_while"], "nowhere"),
+        (
+            ["page", "nowhere", "--task", "for_while"],
+            "--circuit must be one of those in nowhere/circuits/for_while, which",
+        ),
     ],
 )
 def test_errors_are_one_message_and_a_status(arguments, words, capsys):

@@ -254,7 +254,7 @@ def _runs(name: str, case: Callable[[], object], x: Tensor) -> bool:
     """Whether torch has what a case needs; it says so where it does not."""
     try:
         case()
-    except (NotImplementedError, RuntimeError) as error:
+    except (NotImplementedError, RuntimeError) as error:  # torch raises one or the other for a type it lacks
         log.info("%s has no %s product on %s: %s", name, x.dtype, x.device.type, str(error).splitlines()[0])
         return False
     return True

@@ -155,19 +155,30 @@ def load_circuit(folder: str | Path, device: str | torch.device = "cpu") -> Circ
     Raises:
         CircuitError: a file is missing, damaged or not a circuit.
     """
-    folder = Path(folder)
-    try:
-        read = json.loads((folder / "circuit.json").read_text())
-        with safe_open(folder / "masks.safetensors", framework="pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CircuitError(f"{folder} must hold circuit.json and masks.safetensors, got: {error}") from None
-    if not isinstance(read, dict) or read.get("format") != FORMAT:
-        raise CircuitError(f"{folder}/circuit.json must have the format {FORMAT}; prune again")
+    read, tensors = read_result(Path(folder), "circuit.json", FORMAT, device)
     try:
         return _circuit(read, tensors)
     except (KeyError, TypeError) as error:
         raise CircuitError(f"{folder} holds a damaged circuit: {type(error).__name__} {error}") from None
+
+
+def read_result(
+    folder: Path, name: str, form: str, device: str | torch.device
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The JSON of this name and format in a folder of results, and the tensors of its masks.safetensors.
+
+    Raises:
+        CircuitError: a file is missing or damaged, or of another format.
+    """
+    try:
+        read = json.loads((folder / name).read_text())
+        with safe_open(folder / "masks.safetensors", framework="pt", device=str(device)) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CircuitError(f"{folder} must hold {name} and masks.safetensors, got: {error}") from None
+    if not isinstance(read, dict) or read.get("format") != form:
+        raise CircuitError(f"{folder}/{name} must have the format {form}; prune again")
+    return read, tensors
 
 
 def _circuit(read: dict[str, Any], tensors: NodeSet) -> Circuit:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from sparsetrain.data import evaluation_batches
 from sparsetrain.model import Transformer
 from sparsetrain.prune_config import ProbingOptions
 from sparsetrain.pruning.ablation import Ablation, build_ablation, site_reader
-from sparsetrain.pruning.circuit import CircuitError
+from sparsetrain.pruning.circuit import CircuitError, read_result
 from sparsetrain.pruning.graph import NodeSet
 from sparsetrain.pruning.probing import Found, Sublayer, probe
 from sparsetrain.pruning.probing_data import ProbeData, probe_data
@@ -149,15 +148,7 @@ def load_probing(folder: str | Path, device: str | torch.device = "cpu") -> Prob
     Raises:
         CircuitError: a file is missing, damaged or not such a result.
     """
-    folder = Path(folder)
-    try:
-        read = json.loads((folder / "probing.json").read_text())
-        with safe_open(folder / "masks.safetensors", framework="pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CircuitError(f"{folder} must hold probing.json and masks.safetensors, got: {error}") from None
-    if not isinstance(read, dict) or read.get("format") != FORMAT:
-        raise CircuitError(f"{folder}/probing.json must have the format {FORMAT}")
+    read, tensors = read_result(Path(folder), "probing.json", FORMAT, device)
     try:
         tau = {site: tensors[f"tau.{site}"] for site in read["sites"]}
         names = [f.name for f in dataclasses.fields(Probing) if f.name != "tau"]

@@ -24,7 +24,7 @@ from sparsetrain.machine import peak_bytes
 from sparsetrain.model import Transformer
 from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning import acdc, attribution, edge_masks, node_masks, topk_masks
-from sparsetrain.pruning.ablation import build_ablation
+from sparsetrain.pruning.ablation import Ablation, build_ablation
 from sparsetrain.pruning.alternatives import Alternatives, alternatives
 from sparsetrain.pruning.channel_edges import ChannelGraph
 from sparsetrain.pruning.circuit import Circuit, Edge, list_edges, save_circuit
@@ -124,17 +124,7 @@ def prune(
         WriteError: a result could not be written.
     """
     run = Path(run)
-    if config.name is not None and Path(config.name).name != config.name:
-        raise ConfigError(f"name must be a folder's name without a path, got {config.name!r}")
-    if method not in METHODS:
-        raise ConfigError(
-            f"method must be one of {', '.join(METHODS)} (or, at the command line, probing), got {method!r}"
-        )
-    if config.node_masks.search_trials and method != "node_masks":
-        raise ConfigError(
-            f"node_masks.search_trials must be 0 with another method, got {config.node_masks.search_trials} with "
-            f"{method}; the search is over settings of node_masks"
-        )
+    _refuse(config, method)
     model, tokenizer, run_config = checkpoint.load_run(run, device, at)
     model.requires_grad_(False)
     chosen = load_task(task)
@@ -146,9 +136,7 @@ def prune(
     )
     log.info("task %s: %d prompts to learn on, %d held out", chosen.name, len(train), len(heldout))
     space = make_space(model, config, method)
-    needs_corpus = config.ablation in ("mean_data", "resample")
-    corpus = corpus_tokens(run, run_config, config.reference_tokens, device) if needs_corpus else []
-    ablation = build_ablation(space.read, config.ablation, corpus, train)
+    ablation = _ablation(space, run, run_config, config, train)
     folder = circuit_folder(run, chosen.name, config.name or method, at)
     unfinished = folder.with_name(f".{folder.name}-unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
@@ -163,15 +151,7 @@ def prune(
             _summarise(run, {"task": answer.task, **dataclasses.asdict(answer)})
         return answer
     log.info("measuring %d %s on held-out prompts", n_units(cut.kept), space.units)
-    measures = measure(problem, heldout, cut)
-    found = None
-    if isinstance(space, EdgeSpace):
-        measures["curve"] = size_curve(problem, heldout, ranking)
-        if config.alternative_runs and n_units(cut.kept):
-            found = look_for_alternatives(problem, cut, ranking)
-            measures["alternatives"] = {
-                "n": len(found.circuits), "n_needed": n_units(found.needed), "complete": found.complete,
-            }  # fmt: skip
+    measures, found = _measured(problem, heldout, cut, ranking)
     if config.nonsense:
         log.info("the same search for nonsense answers")
         problem = dataclasses.replace(problem, config=used, state=None)
@@ -188,6 +168,44 @@ def prune(
     if at is None:
         _summarise(run, {"task": circuit.task, "method": method, **circuit.measures})
     return circuit
+
+
+def _refuse(config: PruneConfig, method: str) -> None:
+    """Raise for what can be told before a model is read."""
+    if config.name is not None and Path(config.name).name != config.name:
+        raise ConfigError(f"name must be a folder's name without a path, got {config.name!r}")
+    if method not in METHODS:
+        raise ConfigError(
+            f"method must be one of {', '.join(METHODS)} (or, at the command line, probing), got {method!r}"
+        )
+    if config.node_masks.search_trials and method != "node_masks":
+        raise ConfigError(
+            f"node_masks.search_trials must be 0 with another method, got {config.node_masks.search_trials} with "
+            f"{method}; the search is over settings of node_masks"
+        )
+
+
+def _ablation(space: Space, run: Path, run_config: RunConfig, config: PruneConfig, train: TaskData) -> Ablation:
+    """What replaces the rest; the run's corpus is read by the ablations alone that ask for it."""
+    needs_corpus = config.ablation in ("mean_data", "resample")
+    device = train.tokens.device
+    corpus = corpus_tokens(run, run_config, config.reference_tokens, device) if needs_corpus else []
+    return build_ablation(space.read, config.ablation, corpus, train)
+
+
+def _measured(
+    problem: Problem, heldout: TaskData, cut: Cut, ranking: dict[str, Tensor]
+) -> tuple[dict[str, Any], Alternatives | None]:
+    """The measures of a circuit; for edges with the curve of its ranking, and the other circuits near it."""
+    measures = measure(problem, heldout, cut)
+    if not isinstance(problem.space, EdgeSpace):
+        return measures, None
+    measures["curve"] = size_curve(problem, heldout, ranking)
+    if not problem.config.alternative_runs or not n_units(cut.kept):
+        return measures, None
+    found = look_for_alternatives(problem, cut, ranking)
+    counts = {"n": len(found.circuits), "n_needed": n_units(found.needed), "complete": found.complete}
+    return measures | {"alternatives": counts}, found
 
 
 def circuit_folder(run: Path, task: str, name: str, at: Path | None = None) -> Path:
