@@ -138,9 +138,17 @@ def _check_fit(model: Transformer, tensors: Mapping[str, Tensor], source: Path) 
 
 
 def save_checkpoint(
-    run_dir: Path, model: Transformer, optimizer: torch.optim.Adam, state: Mapping[str, Any], keep: int
+    run_dir: Path,
+    model: Transformer,
+    optimizer: torch.optim.Adam,
+    state: Mapping[str, Any],
+    keep: int,
+    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Write a checkpoint of the step in `state["step"]`, then drop all but the newest `keep`.
+
+    Args:
+        beside: tensors of what is trained beside the model, by the names of their files (without suffix).
 
     Raises:
         CheckpointError: it could not be written; the earlier checkpoints are untouched.
@@ -149,6 +157,8 @@ def save_checkpoint(
     with whole_folder(target) as folder:
         save_sparse(folder / "model.safetensors", _weights(model), tokenizer=file_hash(run_dir / "tokenizer.json"))
         save_sparse(folder / "optimizer.safetensors", _moments(model, optimizer))
+        for name, tensors in (beside or {}).items():
+            save_sparse(folder / f"{name}.safetensors", tensors)
         hashes = {f.name: file_hash(f) for f in sorted(folder.glob("*.safetensors"))}
         (folder / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
     for old in checkpoints(run_dir)[:-keep]:

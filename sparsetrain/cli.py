@@ -111,9 +111,9 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from sparsetrain.checkpoint import CheckpointError
     from sparsetrain.data import DataError
     from sparsetrain.files import WriteError
+    from sparsetrain.loop import Interrupted, TrainingError
     from sparsetrain.pruning.circuit import CircuitError
     from sparsetrain.tasks import TaskError
-    from sparsetrain.train import Interrupted, TrainingError
 
     files = DataError, CheckpointError, CircuitError, WriteError
     return ConfigError, *files, TaskError, TrainingError, Interrupted, BenchError

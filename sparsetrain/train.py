@@ -1,4 +1,4 @@
-"""The training loop: batch, gradients, Adam, projection, decay; logs and checkpoints; resumes where it stopped.
+"""The stage `train`: start a run or go on with one, step to its end, write what it leaves.
 
 The method, with its numbered invariants, is in docs/method.md.
 """
@@ -6,34 +6,25 @@ The method, with its numbered invariants, is in docs/method.md.
 import json
 import logging
 import math
-import signal
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from sparsetrain import checkpoint, machine, memory, sparsity
-from sparsetrain.candidates import finish_refill_, start_refill
+from sparsetrain import checkpoint, machine, sparsity
 from sparsetrain.config import ConfigError, RunConfig, config_to_dict, config_to_yaml, known_keys, load_config
-from sparsetrain.data import Corpus, batch, evaluation_batches, file_hash, prepare
+from sparsetrain.data import batch, file_hash, prepare
 from sparsetrain.files import write_json, write_whole
 from sparsetrain.kernels import ops
-from sparsetrain.model import Transformer
-from sparsetrain.optim import build_adam, decay_, learning_rate, scale_gradients_
+from sparsetrain.loop import TrainingError, run_steps
+from sparsetrain.optim import learning_rate
 from sparsetrain.record import Recorder
-from sparsetrain.threads import Threads
+from sparsetrain.step import LossOf, Training, build, evaluate, loss_under, not_finite, read_weights_, train_step
 
 log = logging.getLogger(__name__)
-
-LossOf = Callable[[Tensor, Tensor], Tensor]
 
 # Keys that may change when a run is resumed: they change where and how it is computed, not what.
 FREE_ON_RESUME = (
@@ -43,36 +34,89 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 
 
-class TrainingError(RuntimeError):
-    """Training that cannot go on; the last good checkpoint is kept."""
+class RunSteps:
+    """A run, as the loop sees it (`loop.Steps`)."""
+
+    def __init__(self, run: Training):
+        c = run.config
+        self.run, self.folder, self.device = run, c.run_dir, run.device
+        self.tokens_per_step = c.train.batch_size * c.model.n_ctx
+        self.tokens = run.corpus.tokens("train")
+        self.loss_of: LossOf = _compiled(run.model.loss) if c.run.compile else run.model.loss
+
+    @property
+    def step(self) -> int:
+        return self.run.step
+
+    @property
+    def seconds(self) -> float:
+        return self.run.seconds
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self.run.seconds = value
+
+    def advance(self) -> Tensor:
+        loss, self.rms = train_step(self.run, self.loss_of, *self.batch(self.run.config.train.batch_size))
+        return loss
+
+    def batch(self, n_sequences: int) -> tuple[Tensor, Tensor]:
+        """The next step's batch (B, T) and what follows each token, or their first part, on the run's device."""
+        c = self.run.config
+        x, y = batch(self.tokens, c.run.seed, self.step, 0, n_sequences, c.model.n_ctx, c.train.stride)
+        return x.to(self.device), y.to(self.device)
+
+    def numbers(self, loss: float) -> dict[str, float]:
+        c = self.run.config
+        progress = (self.step - 1) / c.train.steps
+        return {
+            "loss/train": loss,
+            "gradient_rms": self.rms.item(),
+            "learning_rate": learning_rate(c.optim, c.sparsity, progress),
+            "density": sparsity.density(c.sparsity, progress),
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        self.run.val_loss = evaluate(self.run)
+        return {"loss/val": self.run.val_loss}
+
+    def record(self, recorder: Recorder, histograms: bool) -> None:
+        recorder.sparsity(self.step, self.run.tensors)
+        if histograms:
+            recorder.histograms(self.step, self.run.tensors)
+
+    def save(self) -> None:
+        self.refuse_broken()
+        run, c = self.run, self.run.config
+        state = {"step": run.step, "seconds": run.seconds, "corpus": run.corpus.manifest["fingerprint"]}
+        checkpoint.save_checkpoint(c.run_dir, run.model, run.optimizer, state, c.train.keep_checkpoints, self.beside())
+
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        """What else a checkpoint holds: tensors by name, for each file."""
+        return {}
+
+    @torch.no_grad()
+    def refuse_broken(self) -> None:
+        """A checkpoint must not replace a good one if training cannot go on from it: look at the next step's loss."""
+        c = self.run.config
+        loss = loss_under(self.run, self.run.model.loss, *self.batch(c.train.batch_size // c.train.accumulate)).item()
+        if not math.isfinite(loss) or not all(bool(p.isfinite().all()) for p in self.run.model.parameters()):
+            raise self.broken(f"the loss became {loss}", self.step + 1)
+
+    def broken(self, what: str, step: int) -> TrainingError:
+        return not_finite(self.run, what, step)
+
+    def finish(self) -> dict[str, Any]:
+        """Write what the finished run leaves besides its model; the numbers that its summary gets too."""
+        return {}
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM; the run was checkpointed and can be resumed."""
-
-    exit_status = 130
-
-
-@dataclass
-class Training:
-    """The state of a run between two steps: all of it is in a checkpoint."""
-
-    config: RunConfig
-    corpus: Corpus
-    model: Transformer
-    optimizer: torch.optim.Adam
-    device: torch.device
-    step: int = 0  # steps done
-    seconds: float = 0.0  # spent in steps, from the first one on
-    val_loss: float | None = None  # at the last evaluation
-    tensors: list[sparsity.Projected] = field(default_factory=list)
-
-
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, steps_of: Callable[[Training], RunSteps] = RunSteps) -> Path:
     """Train a model as the config says, or go on with a run that was stopped.
 
     Args:
         config: the resolved config of the run.
+        steps_of: what is done in a step, and kept, for a run that is trained with something beside it.
 
     Returns:
         The run directory, with `model/` and `summary.json` in it. A run that is done is left as it is.
@@ -89,83 +133,23 @@ def train(config: RunConfig) -> Path:
     if not config.model.causal:
         raise ConfigError("model.causal must be true to train, got false: each position would see what it predicts")
     with ops.using(config.run.kernels):
-        return _train(config)
+        return _train(config, steps_of)
 
 
-def _train(config: RunConfig) -> Path:
-    run = _start(config)
+def _train(config: RunConfig, steps_of: Callable[[Training], RunSteps]) -> Path:
+    steps = steps_of(_start(config))
     try:
-        if run.step < config.train.steps:
-            _describe(config.run_dir, run)
-            _loop(run)
+        if steps.step < config.train.steps:
+            _describe(config.run_dir, steps.run)
+            run_steps(steps, config.train, config.run.threads)
         if not (config.run_dir / "model").is_dir():
-            _finish(run)
+            _finish(steps)
     except OSError as error:
         kept = checkpoint.latest_checkpoint(config.run_dir)
         raise checkpoint.CheckpointError(
             f"could not write to {config.run_dir}: {error}; the last good state is {kept or 'the beginning'}"
         ) from error
     return config.run_dir
-
-
-def train_step(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """One optimiser step, in the order of docs/method.md.
-
-    Args:
-        run: the state, which moves on.
-        loss_of: `run.model.loss`, compiled or not.
-        inputs, targets: (B, T), on the device of the run.
-
-    Returns:
-        The loss and the gradients' RMS, 0-d.
-    """
-    c = run.config
-    progress = run.step / c.train.steps
-    lr = learning_rate(c.optim, c.sparsity, progress)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    n_sequences = c.train.batch_size // c.train.accumulate  # of a part: candidates are chosen in the first
-    refill = start_refill(run.tensors, c.sparsity, run.step, c.train.steps, n_sequences)
-    loss = torch.zeros((), device=run.device)
-    for part_in, part_out in zip(inputs.chunk(c.train.accumulate), targets.chunk(c.train.accumulate), strict=True):
-        part = _loss(run, loss_of, part_in, part_out) / c.train.accumulate
-        part.backward()
-        loss += part.detach()
-    rms = scale_gradients_(run.model, c.optim.gradient)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    sparsity.project_all_(run.tensors, c.sparsity, progress)
-    decay_(run.model, c.optim, lr)
-    run.step += 1
-    try:
-        finish_refill_(refill, run.optimizer, c.sparsity, progress)
-        read_weights_(run)
-    except ValueError:
-        raise TrainingError(_not_finite(run, "a weight became infinite or NaN", run.step)) from None
-    return loss, rms
-
-
-def read_weights_(run: Training) -> None:
-    """Choose each linear map's product for the weights as they are now: after a step, and before the first."""
-    c = run.config
-    n_tokens = c.train.batch_size // c.train.accumulate * c.model.n_ctx
-    progress = max(0, run.step - 1) / c.train.steps
-    sparsity.read_all_(run.tensors, c.sparsity, progress, n_tokens, getattr(torch, c.run.dtype))
-
-
-@torch.no_grad()
-def evaluate(run: Training) -> float:
-    """Mean held-out loss in nats per token, on the same windows each time."""
-    c = run.config
-    run.model.eval()
-    sums = [
-        (_loss(run, run.model.loss, x.to(run.device), y.to(run.device)).item(), len(x))
-        for x, y in evaluation_batches(
-            run.corpus.tokens("val"), c.train.eval_batches, c.train.batch_size, c.model.n_ctx, c.train.stride
-        )
-    ]
-    run.model.train()
-    return sum(loss * n for loss, n in sums) / sum(n for _, n in sums)
 
 
 def _start(config: RunConfig) -> Training:
@@ -200,17 +184,6 @@ def _start(config: RunConfig) -> Training:
         read_weights_(run)
         doing = "resuming" if run.step < config.train.steps else "nothing left to train in"
         log.info("%s %s, at step %d", doing, run_dir, run.step)
-    return run
-
-
-def build(config: RunConfig, corpus: Corpus, device: torch.device) -> Training:
-    """A run before its first step, its weights drawn from its seed."""
-    generator = torch.Generator().manual_seed(config.run.seed)
-    model = Transformer(config.model, corpus.tokenizer.get_vocab_size(), generator)
-    model.checkpoint_activations = config.train.checkpoint_activations
-    model = model.to(device).train()
-    run = Training(config, corpus, model, build_adam(model, config.optim), device)
-    run.tensors = sparsity.projected(model, config.sparsity)
     return run
 
 
@@ -260,130 +233,14 @@ def _describe(run_dir: Path, run: Training) -> None:
     )
 
 
-def _loop(run: Training) -> None:
-    c = run.config
-    if run.device.type == "cpu":
-        memory.keep_freed()
-    loss_of = _compiled(run.model.loss) if c.run.compile else run.model.loss
-    tokens = run.corpus.tokens("train")
-    threads = Threads(c.run.threads if run.device.type == "cpu" else torch.get_num_threads())
-    losses = _Losses(run)
-    tokens_per_step = c.train.batch_size * c.model.n_ctx
-    logged_at, seconds_then = run.step, run.seconds
-    bar = tqdm(total=c.train.steps, initial=run.step, unit=" steps", disable=None, smoothing=0.05)
-    with bar, Recorder(c.run_dir, run.step) as recorder, _stop_signals() as stopped:
-        while run.step < c.train.steps:
-            n_threads = threads.choose()
-            if n_threads != torch.get_num_threads():
-                torch.set_num_threads(n_threads)
-            began = time.perf_counter()
-            x, y = batch(tokens, c.run.seed, run.step, 0, c.train.batch_size, c.model.n_ctx, c.train.stride)
-            loss, rms = train_step(run, loss_of, x.to(run.device), y.to(run.device))
-            logs, last = run.step % c.train.log_every == 0, run.step == c.train.steps
-            losses.add(loss)
-            if logs or run.device.type == "cpu":
-                losses.check()
-            seconds = time.perf_counter() - began
-            threads.record(n_threads, seconds)
-            run.seconds += seconds
-            bar.update()
-            if logs:
-                speed = tokens_per_step * (run.step - logged_at) / (run.seconds - seconds_then)
-                logged_at, seconds_then = run.step, run.seconds
-                bar.set_postfix_str(f"loss {losses.newest:.3f}, {speed:,.0f} tokens/s")
-                recorder.numbers(run.step, _numbers(run, losses.newest, rms.item(), speed))
-            if last or run.step % c.train.eval_every == 0:
-                run.val_loss = evaluate(run)
-                recorder.numbers(run.step, {"loss/val": run.val_loss, "seconds": run.seconds})
-                recorder.sparsity(run.step, run.tensors)
-                _tell(run, losses.newest)
-            if run.step % c.train.histogram_every == 0:
-                recorder.histograms(run.step, run.tensors)
-            if last or stopped.is_set() or run.step % c.train.checkpoint_every == 0:
-                losses.check()
-                _save(run)
-            if stopped.is_set() and not last:
-                raise Interrupted(f"stopped after step {run.step}; the same command goes on from there")
-
-
-def _compiled(loss_of: Callable[[Tensor, Tensor], Tensor]):
+def _compiled(loss_of: LossOf) -> LossOf:
     # The graph breaks at every sparse product, and torch warns of each tensor that goes from one part to the next.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
     return torch.compile(loss_of)
 
 
-class _Losses:
-    """The losses not looked at yet: looking waits for the device, so it is done now and then."""
-
-    def __init__(self, run: Training):
-        self.run = run
-        self.waiting: list[tuple[int, Tensor]] = []
-        self.newest = math.nan
-
-    def add(self, loss: Tensor) -> None:
-        self.waiting.append((self.run.step, loss))
-
-    def check(self) -> None:
-        """Raises TrainingError, naming the step, if a loss is not finite."""
-        for step, loss in self.waiting:
-            self.newest = loss.item()
-            if not math.isfinite(self.newest):
-                raise TrainingError(_not_finite(self.run, f"the loss became {self.newest}", step))
-        self.waiting.clear()
-
-
-def _numbers(run: Training, loss: float, rms: float, tokens_per_second: float) -> dict[str, float]:
-    c = run.config
-    progress = (run.step - 1) / c.train.steps
-    return {
-        "loss/train": loss,
-        "gradient_rms": rms,
-        "learning_rate": learning_rate(c.optim, c.sparsity, progress),
-        "density": sparsity.density(c.sparsity, progress),
-        "tokens_per_second": tokens_per_second,
-    }
-
-
-def _tell(run: Training, loss: float) -> None:
-    steps = run.config.train.steps
-    left = run.seconds / run.step * (steps - run.step)
-    log.info(
-        "step %d of %d: loss %.3f, held out %.3f; %.0f s done, about %.0f s left",
-        run.step, steps, loss, run.val_loss, run.seconds, left,
-    )  # fmt: skip
-
-
-def _loss(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) -> Tensor:
-    bf16 = run.config.run.dtype == "bfloat16"
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
-        return loss_of(inputs, targets)
-
-
-def _save(run: Training) -> None:
-    _refuse_broken(run)
-    state = {"step": run.step, "seconds": run.seconds, "corpus": run.corpus.manifest["fingerprint"]}
-    checkpoint.save_checkpoint(run.config.run_dir, run.model, run.optimizer, state, run.config.train.keep_checkpoints)
-
-
-@torch.no_grad()
-def _refuse_broken(run: Training) -> None:
-    """A checkpoint must not replace a good one if training cannot go on from it: look at the next step's loss."""
-    c = run.config
-    tokens = run.corpus.tokens("train")
-    n_sequences = c.train.batch_size // c.train.accumulate
-    x, y = batch(tokens, c.run.seed, run.step, 0, n_sequences, c.model.n_ctx, c.train.stride)
-    loss = _loss(run, run.model.loss, x.to(run.device), y.to(run.device)).item()
-    if not math.isfinite(loss) or not all(bool(p.isfinite().all()) for p in run.model.parameters()):
-        raise TrainingError(_not_finite(run, f"the loss became {loss}", run.step + 1))
-
-
-def _not_finite(run: Training, what: str, step: int) -> str:
-    kept = checkpoint.latest_checkpoint(run.config.run_dir)
-    return f"{what} at step {step}; the last good state is {kept or 'the beginning'}; try a lower optim.lr"
-
-
-def _finish(run: Training) -> None:
-    c = run.config
+def _finish(steps: RunSteps) -> None:
+    run, c = steps.run, steps.run.config
     n_nonzero = sum(int(row["n_nonzero"]) for row in sparsity.count(run.tensors).values())
     summary_file = c.run_dir / "summary.json"
     earlier = json.loads(summary_file.read_text()) if summary_file.exists() else {}
@@ -396,30 +253,7 @@ def _finish(run: Training) -> None:
             "n_nonzero": n_nonzero,
             "tokens": c.train.steps * c.train.batch_size * c.model.n_ctx,
             "seconds": round(run.seconds, 2),
+            **steps.finish(),
         },
     )
     checkpoint.export_model(c.run_dir, run.model, config_to_yaml(c))  # last: it says that the run is done
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C ends the process at once."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def stop(number, frame):
-        log.warning("stopping after this step; once more to stop at once")
-        stopped.set()
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-    for s in before:
-        signal.signal(s, stop)
-    try:
-        yield stopped
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

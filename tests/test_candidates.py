@@ -10,8 +10,10 @@ from sparsetrain import checkpoint
 from sparsetrain.candidates import n_candidates
 from sparsetrain.config import RunConfig, load_config
 from sparsetrain.data import batch
+from sparsetrain.loop import TrainingError
 from sparsetrain.optim import scale_gradients_
-from sparsetrain.train import TrainingError, _start, read_weights_, train, train_step
+from sparsetrain.step import read_weights_, train_step
+from sparsetrain.train import _start, train
 
 CANDIDATES = ["sparsity.gradient=candidates", "sparsity.candidates=2", "sparsity.refill_every=3"]
 

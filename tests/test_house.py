@@ -13,6 +13,8 @@ FLOORS = [
     {"sparsity", "checkpoint", "task_probing"},
     {"tasks"},
     {"candidates", "memory", "optim", "record", "threads"},
+    {"loop"},
+    {"step"},
     {"train", "pruning", "bench", "interop"},
     {"analysis"},
     {"cli"},

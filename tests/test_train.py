@@ -15,7 +15,9 @@ from sparsetrain import checkpoint, sparsity
 from sparsetrain.checkpoint import CheckpointError
 from sparsetrain.config import ConfigError, RunConfig, load_config
 from sparsetrain.data import batch
-from sparsetrain.train import TrainingError, _start, evaluate, train, train_step
+from sparsetrain.loop import TrainingError
+from sparsetrain.step import evaluate, train_step
+from sparsetrain.train import _start, train
 
 GOLDEN_STEPS = 12
 GOLDEN_CURVE = [5.7255, 5.719, 5.4198, 5.164, 4.8864, 4.6357, 4.4486, 4.1027, 3.9237, 3.81, 3.7299, 3.6907]
@@ -163,9 +165,9 @@ def test_ten_steps_kill_ten_steps_equal_twenty_bit_for_bit(tiny, tiny_run, tmp_p
     arguments = [*tiny, f"run.out={tmp_path}", "run.name=shared"]
     # Nothing is written between the checkpoint of step 10 and its kill -9, which comes before step 20 is saved.
     killer = (
-        "import os, signal, sys\nimport sparsetrain.train as t\nsave = t._save\n"
-        "def save_and_die(run):\n    save(run)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "t._save = save_and_die\nfrom sparsetrain.cli import main\nmain(['train', *sys.argv[1:]])\n"
+        "import os, signal, sys\nimport sparsetrain.train as t\nsave = t.RunSteps.save\n"
+        "def save_and_die(steps):\n    save(steps)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "t.RunSteps.save = save_and_die\nfrom sparsetrain.cli import main\nmain(['train', *sys.argv[1:]])\n"
     )
     done = subprocess.run([sys.executable, "-c", killer, *arguments], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr

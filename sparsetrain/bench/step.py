@@ -30,7 +30,7 @@ from sparsetrain.config import (
 )
 from sparsetrain.data import Corpus, batch, prepare
 from sparsetrain.kernels import ops, reference
-from sparsetrain.train import Training, build, train_step
+from sparsetrain.step import Training, build, train_step
 
 OURS, CANDIDATES, TWIN = "ours, dense gradient", "ours, candidates", "ours, another start by 1e-6"
 RECIPE = "dense-masked"

@@ -1,0 +1,118 @@
+"""One step of training, in the order of docs/method.md, and the state it moves on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparsetrain import checkpoint, sparsity
+from sparsetrain.candidates import finish_refill_, start_refill
+from sparsetrain.config import RunConfig
+from sparsetrain.data import Corpus, evaluation_batches
+from sparsetrain.loop import TrainingError
+from sparsetrain.model import Transformer
+from sparsetrain.optim import build_adam, decay_, learning_rate, scale_gradients_
+
+LossOf = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Training:
+    """The state of a run between two steps: all of it is in a checkpoint."""
+
+    config: RunConfig
+    corpus: Corpus
+    model: Transformer
+    optimizer: torch.optim.Adam
+    device: torch.device
+    step: int = 0  # steps done
+    seconds: float = 0.0  # spent in steps, from the first one on
+    val_loss: float | None = None  # at the last evaluation
+    tensors: list[sparsity.Projected] = field(default_factory=list)
+
+
+def build(config: RunConfig, corpus: Corpus, device: torch.device) -> Training:
+    """A run before its first step, its weights drawn from its seed."""
+    generator = torch.Generator().manual_seed(config.run.seed)
+    model = Transformer(config.model, corpus.tokenizer.get_vocab_size(), generator)
+    model.checkpoint_activations = config.train.checkpoint_activations
+    model = model.to(device).train()
+    run = Training(config, corpus, model, build_adam(model, config.optim), device)
+    run.tensors = sparsity.projected(model, config.sparsity)
+    return run
+
+
+def train_step(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """One optimiser step, in the order of docs/method.md.
+
+    Args:
+        run: the state, which moves on.
+        loss_of: `run.model.loss`, compiled or not.
+        inputs, targets: (B, T), on the device of the run.
+
+    Returns:
+        The loss and the gradients' RMS, 0-d.
+    """
+    c = run.config
+    progress = run.step / c.train.steps
+    lr = learning_rate(c.optim, c.sparsity, progress)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    n_sequences = c.train.batch_size // c.train.accumulate  # of a part: candidates are chosen in the first
+    refill = start_refill(run.tensors, c.sparsity, run.step, c.train.steps, n_sequences)
+    loss = torch.zeros((), device=run.device)
+    for part_in, part_out in zip(inputs.chunk(c.train.accumulate), targets.chunk(c.train.accumulate), strict=True):
+        part = loss_under(run, loss_of, part_in, part_out) / c.train.accumulate
+        part.backward()
+        loss += part.detach()
+    rms = scale_gradients_(run.model, c.optim.gradient)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    sparsity.project_all_(run.tensors, c.sparsity, progress)
+    decay_(run.model, c.optim, lr)
+    run.step += 1
+    try:
+        finish_refill_(refill, run.optimizer, c.sparsity, progress)
+        read_weights_(run)
+    except ValueError:
+        raise not_finite(run, "a weight became infinite or NaN", run.step) from None
+    return loss, rms
+
+
+def read_weights_(run: Training) -> None:
+    """Choose each linear map's product for the weights as they are now: after a step, and before the first."""
+    c = run.config
+    n_tokens = c.train.batch_size // c.train.accumulate * c.model.n_ctx
+    progress = max(0, run.step - 1) / c.train.steps
+    sparsity.read_all_(run.tensors, c.sparsity, progress, n_tokens, getattr(torch, c.run.dtype))
+
+
+@torch.no_grad()
+def evaluate(run: Training) -> float:
+    """Mean held-out loss in nats per token, on the same windows each time."""
+    c = run.config
+    run.model.eval()
+    sums = [
+        (loss_under(run, run.model.loss, x.to(run.device), y.to(run.device)).item(), len(x))
+        for x, y in evaluation_batches(
+            run.corpus.tokens("val"), c.train.eval_batches, c.train.batch_size, c.model.n_ctx, c.train.stride
+        )
+    ]
+    run.model.train()
+    return sum(loss * n for loss, n in sums) / sum(n for _, n in sums)
+
+
+def loss_under(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss, under the autocast of the run."""
+    bf16 = run.config.run.dtype == "bfloat16"
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
+        return loss_of(inputs, targets)
+
+
+def not_finite(run: Training, what: str, step: int) -> TrainingError:
+    """The error that says what went wrong at a step, and what is left."""
+    kept = checkpoint.latest_checkpoint(run.config.run_dir)
+    return TrainingError(
+        f"{what} at step {step}; the last good state is {kept or 'the beginning'}; try a lower optim.lr"
+    )
