@@ -145,23 +145,39 @@ def save_checkpoint(
     keep: int,
     beside: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
-    """Write a checkpoint of the step in `state["step"]`, then drop all but the newest `keep`.
+    """Write a checkpoint of a run; see `save_state`.
 
     Args:
         beside: tensors of what is trained beside the model, by the names of their files (without suffix).
+    """
+    tensors = {"model": _weights(model), "optimizer": _moments(model, optimizer), **(beside or {})}
+    return save_state(run_dir, tensors, state, keep, tokenizer=file_hash(run_dir / "tokenizer.json"))
+
+
+def save_state(
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor | SparseWeight]],
+    state: Mapping[str, Any],
+    keep: int,
+    **notes: str,
+) -> Path:
+    """Write the checkpoint of the step in `state["step"]`, then drop all but the newest `keep`.
+
+    Args:
+        folder: whose `checkpoints/` it goes to.
+        tensors: by name, for each file by its name (without suffix).
+        notes: go into each file's metadata.
 
     Raises:
         CheckpointError: it could not be written; the earlier checkpoints are untouched.
     """
-    target = run_dir / "checkpoints" / f"step_{state['step']:08d}"
-    with whole_folder(target) as folder:
-        save_sparse(folder / "model.safetensors", _weights(model), tokenizer=file_hash(run_dir / "tokenizer.json"))
-        save_sparse(folder / "optimizer.safetensors", _moments(model, optimizer))
-        for name, tensors in (beside or {}).items():
-            save_sparse(folder / f"{name}.safetensors", tensors)
-        hashes = {f.name: file_hash(f) for f in sorted(folder.glob("*.safetensors"))}
-        (folder / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
-    for old in checkpoints(run_dir)[:-keep]:
+    target = folder / "checkpoints" / f"step_{state['step']:08d}"
+    with whole_folder(target) as unfinished:
+        for name, held in tensors.items():
+            save_sparse(unfinished / f"{name}.safetensors", held, **notes)
+        hashes = {f.name: file_hash(f) for f in sorted(unfinished.glob("*.safetensors"))}
+        (unfinished / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
+    for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
 

@@ -1,11 +1,13 @@
 """The command line: a thin roof over functions that a notebook can call as well."""
 
 import argparse
+import json
 import logging
 import sys
 from pathlib import Path
 
 from sparsetrain.bench import command as bench
+from sparsetrain.bridge_config import BridgeConfig
 from sparsetrain.config import ConfigError, RunConfig, config_to_yaml, describe_keys, load_config
 from sparsetrain.prune_config import ProbingOptions, PruneConfig
 
@@ -56,11 +58,12 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(command=command)
         return made
 
-    for name, command, summary in (
-        ("train", _train, "Train a model from a config, or go on with a run that was stopped."),
-        ("prepare", _prepare, "Read and tokenize the corpus of a config, without training."),
+    for name, command, summary, keys in (
+        ("train", _train, "Train a model from a config, or go on with a run that was stopped.", RunConfig),
+        ("prepare", _prepare, "Read and tokenize the corpus of a config, without training.", RunConfig),
+        ("bridge", _bridge, "Train a sparse model with a bridge to a dense one, or a bridge alone.", BridgeConfig),
     ):
-        made = add(name, command, summary, RunConfig)
+        made = add(name, command, summary, keys)
         made.add_argument("config", nargs="*", metavar="FILE.yaml | key=value")
         made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
@@ -108,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is meant for the user; anything else is a bug and keeps its traceback."""
     from sparsetrain.bench.kernels import BenchError
+    from sparsetrain.bridging.residuals import BridgeError
     from sparsetrain.checkpoint import CheckpointError
     from sparsetrain.data import DataError
     from sparsetrain.files import WriteError
@@ -116,7 +120,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from sparsetrain.tasks import TaskError
 
     files = DataError, CheckpointError, CircuitError, WriteError
-    return ConfigError, *files, TaskError, TrainingError, Interrupted, BenchError
+    return ConfigError, *files, TaskError, TrainingError, Interrupted, BenchError, BridgeError
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -140,6 +144,19 @@ def _prepare(options: argparse.Namespace) -> None:
 
     corpus = prepare(config.data)
     print(f"{corpus.folder}: {corpus.manifest['tokens']} tokens")
+
+
+def _bridge(options: argparse.Namespace) -> None:
+    config = load_config(BridgeConfig, options.config)
+    if options.print_config:
+        print(config_to_yaml(config), end="")
+        return
+    from sparsetrain.bridging.quality import describe
+    from sparsetrain.bridging.train import bridge
+
+    folder = bridge(config)
+    print(describe(json.loads((folder / "report.json").read_text())))
+    print(f"bridge: {folder}")
 
 
 def _import(options: argparse.Namespace) -> None:

@@ -164,7 +164,7 @@ def _start(config: RunConfig) -> Training:
     run_dir = config.run_dir
     newest = checkpoint.latest_checkpoint(run_dir)
     if (run_dir / "config.yaml").exists():
-        _refuse_changes(run_dir, config)
+        refuse_changes(run_dir / "config.yaml", config)
     run = build(config, corpus, device)
     if newest:
         state = checkpoint.read_state(newest)
@@ -198,16 +198,21 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _refuse_changes(run_dir: Path, config: RunConfig) -> None:
-    before = load_config(RunConfig, [str(run_dir / "config.yaml")])
+def refuse_changes(file: Path, config: RunConfig) -> None:
+    """Make sure that a run goes on with the config it began with, which `file` holds.
+
+    Raises:
+        ConfigError: a key differs that changes what is computed; every difference is listed.
+    """
+    before = load_config(type(config), [str(file)])
     changes = [
         f"{key}: {_value(before, key)!r} there, {_value(config, key)!r} now"
-        for key, _ in known_keys(RunConfig)
+        for key, _ in known_keys(type(config))
         if key not in FREE_ON_RESUME and _value(before, key) != _value(config, key)
     ]
     if changes:
         raise ConfigError(
-            f"{run_dir} holds a run with another config; choose another run.name, or delete the folder:\n  "
+            f"{file.parent} holds a run with another config; choose another name, or delete the folder:\n  "
             + "\n  ".join(changes)
         )
 

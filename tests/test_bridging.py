@@ -1,0 +1,244 @@
+"""Bridges: identities between a model and a rotated copy of it, training jointly and afterwards, resumption, errors."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import sparsetrain
+from sparsetrain import checkpoint
+from sparsetrain.bridge_config import BridgeConfig
+from sparsetrain.bridging.bridge import Bridge, Pair, bridge_losses, kl, normalised_error, spread_rows
+from sparsetrain.bridging.dense import OwnModel
+from sparsetrain.bridging.quality import quality
+from sparsetrain.bridging.regression import regress_
+from sparsetrain.bridging.train import bridge, load_bridge
+from sparsetrain.config import ConfigError, RunConfig, load_config
+from sparsetrain.data import evaluation_batches, prepare
+from sparsetrain.train import train
+
+DENSE = [
+    "model.bigram=false", "sparsity.density=1", "optim.lr=0.01",
+    *(f"model.abs_topk.{site}=1" for site in ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dense_run(tiny):
+    return train(load_config(RunConfig, [*tiny, *DENSE, "run.name=dense"]))
+
+
+@pytest.fixture(scope="module")
+def rotated_run(dense_run, tmp_path_factory):
+    """The dense run's model in another basis of its residual stream, and that basis."""
+    model, _, _ = checkpoint.load_run(dense_run)
+    rotation = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0]
+    rotate_(model, rotation)
+    folder = tmp_path_factory.mktemp("rotated") / "run"
+    folder.mkdir()
+    for name in ("config.yaml", "tokenizer.json"):
+        (folder / name).write_bytes((dense_run / "model" / name).read_bytes())
+    checkpoint.export_model(folder, model, (folder / "config.yaml").read_text())
+    return folder, rotation
+
+
+@torch.no_grad()
+def rotate_(model, rotation):
+    """Residuals become h @ rotation; the gains of the norms go into what reads through them."""
+    model.embed.weight.copy_(model.embed.weight @ rotation)
+    for block in model.blocks:
+        for norm, reader, writer in (
+            (block.attn.norm.resid, block.attn.qkv, block.attn.out),
+            (block.mlp.norm.resid, block.mlp.up, block.mlp.out),
+        ):
+            fold_(norm, reader, rotation)
+            writer.weight.copy_(rotation.T @ writer.weight)
+            writer.bias.copy_(writer.bias @ rotation)
+    fold_(model.norm, model.unembed, rotation)
+
+
+def fold_(norm, reader, rotation):
+    reader.weight.copy_(reader.weight * norm.weight @ rotation)
+    norm.weight.fill_(1)
+
+
+def own(folder):
+    return OwnModel(*sparsetrain.load(folder))
+
+
+def held_out(run, n_batches=2):
+    config = checkpoint.load_run(run)[2]
+    return list(evaluation_batches(prepare(config.data).tokens("val"), n_batches, 4, 32))
+
+
+def fit(sparse, dense, *overrides):
+    threads = ["run.threads=1", "train.log_every=5", "train.eval_batches=2", "train.batch_size=4"]
+    return load_config(BridgeConfig, [f"bridge.sparse={sparse}", f"bridge.dense={dense}", *threads, *overrides])
+
+
+def joint(tiny, dense_run, folder, *overrides):
+    where = [f"run.out={folder}", f"bridge.dense={dense_run}"]
+    return load_config(BridgeConfig, [*tiny, *where, *overrides])
+
+
+def test_the_exact_rotation_explains_all_and_changes_nothing(dense_run, rotated_run):
+    folder, rotation = rotated_run
+    sparse, dense = own(folder), own(dense_run)
+    exact = Bridge([Pair(site, site) for site in sparse.sites], 32, 32, topk=1)
+    with torch.no_grad():
+        for encoder, decoder in zip(exact.encoders, exact.decoders, strict=True):
+            encoder.weight.copy_(rotation.T)
+            decoder.weight.copy_(rotation)
+            encoder.bias.zero_()
+            decoder.bias.zero_()
+    report = quality(exact, sparse, dense, held_out(dense_run))
+    assert len(report["pairs"]) == 5
+    for row in report["pairs"]:
+        assert 1 - row["explained_to_sparse"] < 1e-6 and 1 - row["explained_to_dense"] < 1e-6
+        assert abs(row["kl_to_sparse"]) < 1e-6 and abs(row["kl_to_dense"]) < 1e-6
+        assert row["loss_to_sparse"] == pytest.approx(report["dense_loss"], abs=1e-5)
+
+
+def test_a_trained_bridge_to_a_rotated_copy_finds_the_rotation(dense_run, rotated_run):
+    folder, _ = rotated_run
+    config = fit(folder, dense_run, "bridge.topk=1", "train.steps=40")
+    report = json.loads((bridge(config) / "report.json").read_text())
+    for row in report["pairs"]:
+        assert 1 - row["explained_to_sparse"] < 1e-3 and 1 - row["explained_to_dense"] < 1e-3, row
+        assert row["kl_to_sparse"] < 1e-3 and row["kl_to_dense"] < 1e-3, row
+
+
+def test_normalised_error_is_what_the_variance_explained_leaves():
+    target = torch.randn(4, 8, 16, dtype=torch.float64) * 3 + 2
+    mean = target.flatten(0, 1).mean(0)
+    assert normalised_error(mean.expand_as(target), target) == pytest.approx(1)
+    assert normalised_error(target, target) == 0
+    found = target + torch.randn_like(target)
+    by_hand = (found - target).square().sum() / (target - mean).square().sum()
+    assert normalised_error(found, target) == pytest.approx(by_hand.item(), rel=1e-12)
+    assert normalised_error(found * 7, target * 7) == pytest.approx(by_hand.item(), rel=1e-12)  # no gain in shrinking
+
+
+def test_kl_is_that_of_the_definition_over_the_common_vocabulary():
+    wanted, logits = torch.randn(2, 3, 7, dtype=torch.float64), torch.randn(2, 3, 9, dtype=torch.float64)
+    p, q = wanted.softmax(-1), logits[..., :7].softmax(-1)
+    assert torch.allclose(kl(wanted, logits), (p * (p / q).log()).sum(-1))
+    assert kl(wanted, wanted).abs().max() < 1e-12
+
+
+def test_over_the_steps_each_row_takes_each_hybrid_pass_equally_often():
+    taken = torch.zeros(7, 5)
+    for shift in range(5):
+        for site, rows in enumerate(spread_rows(7, 5, shift, torch.device("cpu"))):
+            taken[rows, site] += 1
+    assert (taken == 1).all()
+
+
+def test_the_hybrid_losses_are_the_mean_of_single_passes(dense_run, tiny_run):
+    """One site a row, over as many steps as there are sites, is every row at every site."""
+    sparse, dense = own(tiny_run), own(dense_run)
+    bridge_ = Bridge([Pair(site, site) for site in sparse.sites], 32, 32, topk=0.5)
+    tokens, targets = held_out(dense_run, 1)[0]
+    regress_(bridge_, sparse, dense, [tokens])  # its scales are the batch's, so that steps do not move them
+    with torch.no_grad():
+        report = quality(bridge_, sparse, dense, [(tokens, targets)])
+        parts = [bridge_losses(bridge_, sparse, dense, tokens, sparse.run(tokens)[0], i) for i in range(5)]
+    for way in ("to_sparse", "to_dense"):
+        single = sum(row[f"kl_{way}"] for row in report["pairs"])
+        assert sum(p[f"kl_{way}"].item() for p in parts) / 5 == pytest.approx(single, rel=1e-4)
+        explained = sum(1 - row[f"explained_{way}"] for row in report["pairs"])
+        assert parts[0][f"nmse_{way}"].item() == pytest.approx(explained, rel=1e-3)
+
+
+def test_each_loss_reaches_what_it_shall_train_and_the_dense_model_stays(tiny, dense_run):
+    sparse, dense = own(train(load_config(RunConfig, [*tiny, "run.name=graded"]))), own(dense_run)
+    sparse.model.requires_grad_(True)
+    dense.model.requires_grad_(False)
+    bridge_ = Bridge([Pair(site, site) for site in sparse.sites], 32, 32, topk=0.5)
+    tokens = held_out(dense_run, 1)[0][0]
+    reached = {}
+    for name in ("nmse_to_sparse", "nmse_to_dense", "kl_to_sparse", "kl_to_dense"):
+        losses = bridge_losses(bridge_, sparse, dense, tokens, sparse.run(tokens)[0], 0)
+        bridge_.zero_grad()
+        sparse.model.zero_grad()
+        losses[name].backward()
+        reached[name] = {
+            "encoder": bridge_.encoders[1].weight.grad is not None,
+            "decoder": bridge_.decoders[1].weight.grad is not None,
+            "sparse": sparse.model.blocks[0].mlp.out.weight.grad is not None,
+        }
+        assert all(p.grad is None for p in dense.model.parameters())
+    assert reached["nmse_to_sparse"] == {"encoder": True, "decoder": False, "sparse": True}
+    assert reached["nmse_to_dense"] == {"encoder": False, "decoder": True, "sparse": True}
+    assert reached["kl_to_sparse"] == {"encoder": True, "decoder": False, "sparse": True}
+    assert reached["kl_to_dense"] == {"encoder": False, "decoder": True, "sparse": True}
+
+
+def test_a_joint_run_resumes_bit_for_bit_and_is_an_ordinary_run(tiny, dense_run, tmp_path):
+    whole = bridge(joint(tiny, dense_run, tmp_path / "a"))
+    stopped = load_config(BridgeConfig, [*tiny, f"run.out={tmp_path}/b", f"bridge.dense={dense_run}"])
+    run_dir = whole.parents[1]
+    there = tmp_path / "b" / run_dir.name
+    there.parent.mkdir()
+    shutil.copytree(run_dir, there)
+    shutil.rmtree(there / "model")
+    shutil.rmtree(there / "checkpoints" / "step_00000020")
+    (there / "bridges" / "dense" / "bridge.safetensors").unlink()
+    again = bridge(stopped)
+    ours, theirs = load_bridge(again)[0].state_dict(), load_bridge(whole)[0].state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    models = [sparsetrain.load(run)[0].state_dict() for run in (there, run_dir)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[1])
+    assert (again / "report.json").read_text() == (whole / "report.json").read_text()
+    logged = {key for line in (run_dir / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    assert {
+        f"bridge/{n}" for n in ("pretrain", "nmse_to_sparse", "nmse_to_dense", "kl_to_sparse", "kl_to_dense")
+    } < logged
+    assert "bridge" in json.loads((run_dir / "summary.json").read_text())
+    with pytest.raises(ConfigError, match=r"another config.*\n.*bridge.kl_to_dense: 1.0 there, 2.0 now"):
+        bridge(joint(tiny, dense_run, tmp_path / "a", "bridge.kl_to_dense=2"))
+
+
+def test_a_bridge_to_a_trained_run_leaves_it_alone_and_resumes(dense_run, tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    before = {name: t.clone() for name, t in sparsetrain.load(run)[0].state_dict().items()}
+    folder = bridge(fit(run, dense_run, "train.steps=20", "train.checkpoint_every=10", "train.eval_every=10"))
+    first = {**load_bridge(folder)[0].state_dict()}
+    assert all(torch.equal(before[name], t) for name, t in sparsetrain.load(run)[0].state_dict().items())
+    (folder / "bridge.safetensors").unlink()
+    (folder / "report.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step_00000020")
+    again = bridge(fit(run, dense_run, "train.steps=20", "train.checkpoint_every=10", "train.eval_every=10"))
+    assert all(torch.equal(first[name], t) for name, t in load_bridge(again)[0].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["model.n_layers=3"], "bridge.sites must map sites where depths differ, got none for a sparse model of 3"),
+        (["bridge.sites=[blocks.0.resid_pre]"], "'blocks.0.resid_pre' must be SPARSE=DENSE"),
+        (["bridge.sites=[blocks.9.resid_pre=final_resid]"], "sparse sites must be among .* got blocks.9.resid_pre"),
+        (["bridge.sites=[final_resid=final_resid,embed=embed]"], "sites must be among"),
+        (
+            ["bridge.sites=[final_resid=final_resid,blocks.0.resid_pre=blocks.0.resid_pre]"],
+            "sparse sites must be named once each and in forward order",
+        ),
+        (["bridge.topk=0.01"], "bridge.topk must keep at least one of 32 channels"),
+        (["bridge.dense=null"], "bridge.dense must name the dense model, got null"),
+        (["model.n_ctx=64"], "model.n_ctx must be at most the dense model's 32, got 64"),
+    ],
+)
+def test_a_bridge_that_cannot_be_is_refused_before_training(tiny, dense_run, tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        bridge(joint(tiny, dense_run, tmp_path, *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_depths_and_widths_may_differ(tiny, dense_run, tmp_path):
+    sites = "blocks.0.resid_pre=blocks.0.resid_pre,blocks.1.resid_pre=blocks.0.resid_mid,final_resid=final_resid"
+    folder = bridge(joint(tiny, dense_run, tmp_path, "model.n_layers=3", "model.d_model=48", f"bridge.sites=[{sites}]"))
+    loaded, _ = load_bridge(folder)
+    assert [(p.sparse, p.dense) for p in loaded.pairs] == [tuple(item.split("=")) for item in sites.split(",")]
+    assert loaded.encoders[0].weight.shape == (48, 32)
