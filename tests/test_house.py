@@ -13,7 +13,7 @@ FLOORS = [
     {"sparsity", "checkpoint", "task_probing"},
     {"tasks"},
     {"candidates", "memory", "optim", "record", "threads"},
-    {"train", "pruning", "bench", "interop"},
+    {"train", "pruning", "bench", "bridging", "interop"},
     {"analysis"},
     {"cli"},
     {"__main__", "__init__"},
