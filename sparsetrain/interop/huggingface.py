@@ -67,12 +67,12 @@ def import_gpt2(source: str | Path, run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if run_dir.exists():
         raise CheckpointError(f"the run directory must be a new one, got {run_dir}, which exists; name another")
-    find = _in_folder(Path(source)) if Path(source).is_dir() else _on_hub(str(source))
-    read = _json(_found(find, "config.json", source))
+    find = finder(source)
+    read = _json(found(find, "config.json", source))
     config = run_config(read, run_dir)
     tensors = _tensors(find, source, {**DEFAULTS, **read}["tie_word_embeddings"])
     model = build(config.model, tensors, Path(source))
-    tokenizer = _found(find, "tokenizer.json", source)
+    tokenizer = found(find, "tokenizer.json", source)
     _check_tokenizer(tokenizer, model.vocab_size)
     with whole_folder(run_dir) as folder:
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
@@ -177,8 +177,8 @@ def _check_tokenizer(path: Path, n_tokens: int) -> None:
 def _weight_files(find: Find, source: str | Path) -> list[Path]:
     whole, index = find("model.safetensors"), "model.safetensors.index.json"
     if whole is None and find(index) is not None:
-        return [_found(find, name, source) for name in sorted({*_json(find(index))["weight_map"].values()})]
-    return [whole or _found(find, "model.safetensors", source)]
+        return [found(find, name, source) for name in sorted({*_json(find(index))["weight_map"].values()})]
+    return [whole or found(find, "model.safetensors", source)]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -191,7 +191,17 @@ def _json(path: Path) -> dict[str, Any]:
     return read
 
 
-def _found(find: Find, name: str, source: str | Path) -> Path:
+def finder(source: str | Path) -> Find:
+    """What finds the files of a folder on disk, or of a Hugging Face repository, which are fetched."""
+    return _in_folder(Path(source)) if Path(source).is_dir() else _on_hub(str(source))
+
+
+def found(find: Find, name: str, source: str | Path) -> Path:
+    """A file of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none of that name; how to make one.
+    """
     path = find(name)
     if path is None:
         raise CheckpointError(f"{source} must hold {name}, got none there{REMEDIES.get(name, '')}")

@@ -1,0 +1,1 @@
+"""Bridges between a weight-sparse model and an existing dense one."""
