@@ -12,7 +12,7 @@ FLOORS = [
     {"bridge_config", "data", "model", "prune_config", "task_encoding", "task_files", "task_language", "task_prompts"},
     {"sparsity", "checkpoint", "task_probing"},
     {"tasks"},
-    {"candidates", "memory", "optim", "record", "threads"},
+    {"candidates", "locality", "memory", "optim", "record", "threads"},
     {"loop"},
     {"step"},
     {"train", "pruning", "interop"},
