@@ -124,6 +124,32 @@ class SparsityOptions:
 
 
 @dataclass(frozen=True)
+class LocalityOptions:
+    """Short wires (BIMT): nodes have places on a sheet, and long weights are dear. See sparsetrain/locality/."""
+
+    pressure: Literal["none", "loss", "proximal", "selection"] = option(
+        "none", "what makes long wires dear: a term of the loss, a proximal step after Adam's, or the projection, "
+        "which then keeps the greatest |w| exp(-strength x length)",
+    )  # fmt: skip
+    strength: float | None = option(
+        None, "how strong it is; null: 1e-4 (loss), 3 (proximal), 4 (selection)", low=0, high=160
+    )
+    length: Literal["wire", "mean"] = option("wire", "mean: all wires are of equal length, which leaves L1 (a control)")
+    gap: float = option(
+        0.0, "length of a wire between two layers beside its own, for the loss and the proximal step", low=0
+    )
+    biases: bool = option(False, "the loss charges a bias one gap")
+    sheet: int = option(1, "dimensions of the sheet that nodes lie on", low=1, high=2)
+    tokens: bool = option(True, "tokens have places; without them their matrices count for nothing")
+    relayout_every: int = option(
+        100, "steps between new places for all nodes; 0: they stay where they began", "steps", low=0
+    )
+    ramp: float = option(0.1, "when the strength is whole; until then `weak` of it", "share of steps", 0, 1)
+    rest: float = option(0.75, "from when it is `weak` of it again", "share of steps", 0, 1)
+    weak: float = option(0.1, "share of the strength before ramp and after rest", "fraction", 0, 1)
+
+
+@dataclass(frozen=True)
 class OptimOptions:
     lr: float = option(0.0128, "peak learning rate, before the schedule", low=0)
     warmup: float = option(0.01, "linear warm-up", "share of steps", 0, 1)
@@ -162,6 +188,7 @@ class RunConfig:
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     sparsity: SparsityOptions = field(default_factory=SparsityOptions)
+    locality: LocalityOptions = field(default_factory=LocalityOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
 
@@ -192,6 +219,12 @@ class RunConfig:
                 found.append(
                     f"model.abs_topk.{f.name} must keep at least one of {width} channels, got {share}; 1 turns it off"
                 )
+        if self.locality.rest < self.locality.ramp:
+            found.append(
+                f"locality.rest must be at least locality.ramp = {self.locality.ramp}, got {self.locality.rest}"
+            )
+        if self.locality.length == "mean" and self.locality.pressure == "selection":
+            found.append("locality.length must be wire where pressure is selection, got mean, which chooses nothing")
         if t.batch_size % t.accumulate:
             found.append(
                 f"train.batch_size must be a multiple of train.accumulate = {t.accumulate}, got {t.batch_size}"

@@ -1,6 +1,7 @@
 """Weight sparsity: which tensors are projected, how many nonzeros each may have at a step, and counts."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,11 +95,30 @@ def embedding_density(options: SparsityOptions, progress: float) -> float:
     return _anneal(options, target, progress)
 
 
-def project_all_(tensors: list[Projected], options: SparsityOptions, progress: float) -> None:
-    """Hold every tensor to its budget, in place (invariant 1: nonzeros <= L0 after every step)."""
+def project_all_(
+    tensors: list[Projected],
+    options: SparsityOptions,
+    progress: float,
+    factor: Callable[[str], Tensor | None] = lambda name: None,
+) -> None:
+    """Hold every tensor to its budget, in place (invariant 1: nonzeros <= L0 after every step).
+
+    Args:
+        tensors, options, progress: what is held, and to what.
+        factor: by a tensor's name what magnitudes are multiplied with before the greatest are kept, which leaves the
+            budget as it is; None: nothing.
+    """
     for t in tensors:
-        where = t.parameter.data if t.linear is None else t.linear.held()
-        project_(where, t.l0(options, progress), t.min_per_row, t.min_per_column)
+        held = t.parameter.data if t.linear is None else t.linear.held()
+        floors = t.l0(options, progress), t.min_per_row, t.min_per_column
+        if (favour := factor(t.name)) is None:
+            project_(held, *floors)
+        elif isinstance(held, Tensor):
+            project_(favour.mul_(held), *floors)
+            held.masked_fill_(favour == 0, 0)
+        else:
+            project_(held.with_values(favour.mul_(held.values)), *floors)
+            held.values.masked_fill_(favour == 0, 0)
 
 
 def read_all_(

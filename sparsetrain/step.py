@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from sparsetrain import checkpoint, sparsity
 from sparsetrain.candidates import finish_refill_, start_refill
 from sparsetrain.config import RunConfig
 from sparsetrain.data import Corpus, evaluation_batches
+from sparsetrain.locality.wiring import Wiring
 from sparsetrain.loop import TrainingError
 from sparsetrain.model import Transformer
 from sparsetrain.optim import build_adam, decay_, learning_rate, scale_gradients_
@@ -30,6 +32,7 @@ class Training:
     seconds: float = 0.0  # spent in steps, from the first one on
     val_loss: float | None = None  # at the last evaluation
     tensors: list[sparsity.Projected] = field(default_factory=list)
+    wiring: Wiring | None = None  # places of nodes, where long wires are dear
 
 
 def build(config: RunConfig, corpus: Corpus, device: torch.device) -> Training:
@@ -40,6 +43,8 @@ def build(config: RunConfig, corpus: Corpus, device: torch.device) -> Training:
     model = model.to(device).train()
     run = Training(config, corpus, model, build_adam(model, config.optim), device)
     run.tensors = sparsity.projected(model, config.sparsity)
+    if config.locality.pressure != "none":
+        run.wiring = Wiring(config.locality, model, run.tensors, config.run.seed)
     return run
 
 
@@ -66,12 +71,20 @@ def train_step(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) 
         part = loss_under(run, loss_of, part_in, part_out) / c.train.accumulate
         part.backward()
         loss += part.detach()
+    if run.wiring:
+        run.wiring.add_gradients_(progress)
     rms = scale_gradients_(run.model, c.optim.gradient)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    sparsity.project_all_(run.tensors, c.sparsity, progress)
+    if run.wiring:
+        run.wiring.shrink_(lr, progress)
+        sparsity.project_all_(run.tensors, c.sparsity, progress, partial(run.wiring.factor, progress=progress))
+    else:
+        sparsity.project_all_(run.tensors, c.sparsity, progress)
     decay_(run.model, c.optim, lr)
     run.step += 1
+    if run.wiring:
+        run.wiring.move_(run.step)
     try:
         finish_refill_(refill, run.optimizer, c.sparsity, progress)
         read_weights_(run)

@@ -69,11 +69,13 @@ class RunSteps:
     def numbers(self, loss: float) -> dict[str, float]:
         c = self.run.config
         progress = (self.step - 1) / c.train.steps
+        wiring = self.run.wiring
         return {
             "loss/train": loss,
             "gradient_rms": self.rms.item(),
             "learning_rate": learning_rate(c.optim, c.sparsity, progress),
             "density": sparsity.density(c.sparsity, progress),
+            **({"locality/mean_length": wiring.mean_length} if wiring and math.isfinite(wiring.mean_length) else {}),
         }
 
     def evaluate(self) -> dict[str, float]:
@@ -93,7 +95,7 @@ class RunSteps:
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """What else a checkpoint holds: tensors by name, for each file."""
-        return {}
+        return {"layout": self.run.wiring.tensors()} if self.run.wiring else {}
 
     @torch.no_grad()
     def refuse_broken(self) -> None:
@@ -180,6 +182,8 @@ def _start(config: RunConfig) -> Training:
                 f"set data.tokenizer={run_dir}/tokenizer.json in a new run, or choose another run.name"
             )
         checkpoint.restore(newest, run.model, run.optimizer)
+        if run.wiring:
+            run.wiring.load_(checkpoint.load_sparse(newest / "layout.safetensors"))
         run.step, run.seconds = state["step"], state["seconds"]
         read_weights_(run)
         doing = "resuming" if run.step < config.train.steps else "nothing left to train in"

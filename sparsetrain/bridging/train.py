@@ -88,7 +88,7 @@ class _JointSteps(RunSteps):
         return {**super().evaluate(), **_short_report(self.fitting, self.run.corpus)}
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
-        return {"bridge": self.fitting.tensors()}
+        return {**super().beside(), "bridge": self.fitting.tensors()}
 
     def finish(self) -> dict[str, Any]:
         return {"bridge": worst(_finish(self.fitting, self.bridge_folder, self.run.corpus))}
