@@ -24,10 +24,10 @@ def bench(
     programs: Path | None = None,
     n_seeds: int = 3,
 ) -> str:
-    """Check and time the kernels, time whole training steps, compare training rules, or judge methods, on a device.
+    """Check and time the kernels, time training steps, compare training rules, or judge methods, on a device.
 
     Args:
-        what: "kernels", "step", "rules" or "circuits".
+        what: "kernels", "step", "rules", "circuits" or "bridge".
         device: cpu, or a cuda device.
         out: the JSON file to write: {"environment": ..., "rows": [...]}.
         quick: small sizes, for a look.
@@ -75,6 +75,10 @@ def _measured(
 
         rows = circuits.measure(device, quick, log.info, programs, n_seeds, out.with_suffix(".rows.jsonl"))
         return rows, circuits_report.summary
+    if what == "bridge":
+        from sparsetrain.bench import bridge
+
+        return bridge.measure(device, quick, log.info), bridge.summary
     from sparsetrain.bench import step, step_report
 
     rows = []
