@@ -68,8 +68,12 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
     made = add("import", _import, "Make a run directory of a GPT-2 model of Hugging Face, to prune it.")
-    made.add_argument("source", help="a folder with config.json, tokenizer.json and safetensors, or a name on the hub")
-    made.add_argument("run", help="the run directory to write")
+    made.add_argument(
+        "source",
+        help="a folder with config.json, tokenizer.json and safetensors, or a name on the hub; glassllm:en or "
+        "glassllm:pt makes a Hugging Face folder, to bridge to, of a model that the package glassllm ships",
+    )
+    made.add_argument("run", help="the run directory, or the folder, to write")
 
     made = add("tasks", _tasks, "Print, for every task, how well a run's full model does it on held-out prompts.")
     made.add_argument("run", help="a run directory")
@@ -160,6 +164,13 @@ def _bridge(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    if options.source.startswith("glassllm:"):
+        from sparsetrain.interop.glassllm import import_glassllm
+
+        folder = import_glassllm(options.source.removeprefix("glassllm:"), options.run)
+        print(f"Hugging Face folder: {folder}")
+        print(f"a corpus of its tokens: data.tokenizer={folder / 'tokenizer.json'} data.end_of_text='<eos>'")
+        return
     from sparsetrain.interop.huggingface import import_gpt2
 
     print(f"run directory: {import_gpt2(options.source, options.run)}")

@@ -59,6 +59,7 @@ class DataOptions:
         None, "stop reading at about this many tokens (256 documents at a time)", "tokens", low=1
     )
     tokenizer: str | None = option(None, "a tokenizer.json to use; null trains a byte-level BPE on the corpus")
+    end_of_text: str = option("<|endoftext|>", "token that ends each document; a tokenizer that is named must have it")
     vocab_size: int = option(2048, "vocabulary of the BPE that is trained", "tokens", 257, 65536)
     tokenizer_characters: int = option(50_000_000, "text the BPE is trained on, at most", "characters", low=1000)
     cache: str = option("data", "folder that holds prepared corpora")

@@ -1,6 +1,5 @@
 """A dense model for a bridge: our own transformer, or any causal language model of Hugging Face."""
 
-import logging
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -9,11 +8,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from sparsetrain.bridging.residuals import BridgeError, Edit, Entering, Entrance, Residuals, check_names, hooked
+from sparsetrain.bridging.residuals import Edit, Entering, Entrance, Residuals, check_names, hooked
 from sparsetrain.checkpoint import load
 from sparsetrain.model import Transformer
-
-log = logging.getLogger(__name__)
 
 
 class OwnModel:
