@@ -38,6 +38,14 @@ class EdgeGraph(Protocol):
         """The activations of every source in a run of the full model on tokens (B, T), for ablations."""
         ...
 
+    def read_sites(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What is worth keeping of a run to have `read` of it later: tensors (..., B, T, width)."""
+        ...
+
+    def expand(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `read` gives, of what `read_sites` gave, or of some of its prompts and first tokens."""
+        ...
+
     def final_resid(
         self, tokens: Tensor, gates: EdgeSet, replacements: Mapping[str, Tensor], inputs_at: float = 1.0
     ) -> Tensor:
