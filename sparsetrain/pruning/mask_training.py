@@ -1,4 +1,4 @@
-"""What methods that learn edge masks share: the task as a loss of order one, and a training that outlives a kill."""
+"""What methods that learn masks share: the task as a loss of order one, and a training that outlives a kill."""
 
 import json
 import logging
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sparsetrain.config import ConfigError
 from sparsetrain.files import write_whole
+from sparsetrain.model import Transformer
 from sparsetrain.pruning.ablation import BATCH, Ablation, draw_places
 from sparsetrain.pruning.edges import EdgeGraph, all_answer_logits, fingerprint, gated_logits, like, n_edges, unflat
 from sparsetrain.pruning.objective import Extremes, Metric
@@ -99,7 +100,7 @@ def train(
     state: State,
     step: Callable[[State, int, torch.Generator], None],
     n_steps: int,
-    seed: int,
+    generator: torch.Generator,
     path: Path | None,
     about: dict[str, object],
 ) -> State:
@@ -107,9 +108,9 @@ def train(
 
     Args:
         state: tensors that `step` changes in place, as they are at the start.
-        step: called with the state, the number of steps done and a generator.
+        step: called with the state, the number of steps done and the generator.
         n_steps: how many steps.
-        seed: of the generator.
+        generator: what the steps draw from; its state is saved and set too.
         path: a safetensors file that is written whole every SAVE_EVERY steps and at the end; None saves nothing.
         about: what makes this training another than others; a file of another is refused.
 
@@ -119,7 +120,6 @@ def train(
     Raises:
         StateError: the file is damaged, or of another training.
     """
-    generator = torch.Generator().manual_seed(seed)
     note = json.dumps(about, sort_keys=True)
     done = _load(state, generator, path, note) if path is not None and path.exists() else 0
     for k in tqdm(range(done, n_steps), initial=done, total=n_steps, desc="learning masks", disable=None):
@@ -142,15 +142,25 @@ def new_state(values: Tensor) -> State:
     return {"values": values, "moment1": torch.zeros_like(values), "moment2": torch.zeros_like(values)}
 
 
-def about(graph: EdgeGraph, data: TaskData, ablation: Ablation, metric: Metric, options: object) -> dict[str, object]:
-    """What `train` tells one training from another by."""
+def about_edges(
+    graph: EdgeGraph, data: TaskData, ablation: Ablation, metric: Metric, options: object, seed: int
+) -> dict[str, object]:
+    """What `train` tells one training of edge masks from another by."""
+    units = f"{graph.kind}, {n_edges(graph.edges)} edges"
+    asked = {"metric": getattr(metric, "__name__", "metric"), "options": repr(options), "seed": seed}
+    return about(units, graph.model, data, ablation, asked)
+
+
+def about(
+    units: str, model: Transformer, data: TaskData, ablation: Ablation, asked: dict[str, object]
+) -> dict[str, object]:
+    """What `train` tells one training from another by: what is masked, where, for which prompts, and what was asked."""
     return {
-        "graph": f"{graph.kind}, {n_edges(graph.edges)} edges",
+        "units": units,
         "data": f"{data.name}, {len(data)} prompts",
-        "weights and prompts": fingerprint(graph, data)[:16],
+        "weights and prompts": fingerprint(model, data)[:16],
         "ablation": ablation.label(),
-        "metric": getattr(metric, "__name__", "metric"),
-        "options": repr(options),
+        **asked,
     }
 
 

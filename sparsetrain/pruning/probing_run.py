@@ -22,7 +22,7 @@ from sparsetrain.config import RunConfig
 from sparsetrain.data import evaluation_batches
 from sparsetrain.model import Transformer
 from sparsetrain.prune_config import ProbingOptions
-from sparsetrain.pruning.ablation import Ablation, build_ablation, site_reader
+from sparsetrain.pruning.ablation import Ablation, build_ablation, refuse_without_corpus, site_reader
 from sparsetrain.pruning.circuit import CircuitError, read_result
 from sparsetrain.pruning.graph import NodeSet
 from sparsetrain.pruning.probing import Found, Sublayer, probe
@@ -85,6 +85,7 @@ def probe_run(run: str | Path, task: str, options: ProbingOptions, device: str =
         CheckpointError: the run holds no readable model, or the result could not be written.
     """
     run = Path(run)
+    refuse_without_corpus(run, options.ablation)
     model, tokenizer, config = checkpoint.load_run(run, device)
     found = probing_task(task)
     names = [options.variable, *(found.absent if found and options.controls else ())]
