@@ -231,8 +231,8 @@ def _overlap(options: argparse.Namespace) -> None:
     if not of_one_model(circuits.values()):
         print(
             "These circuits are not known to be of the same weights. Between models that were trained apart, with\n"
-            "other seeds say, nodes of one name have nothing to do with each other: take what is above for chance, and\n"
-            "compare sizes and measures instead. Between checkpoints of one run names mean the same."
+            "other seeds say, nodes of one name have nothing to do with each other: take what is above for chance\n"
+            "and compare sizes and measures instead. Between checkpoints of one run names mean the same."
         )
 
 
