@@ -251,10 +251,17 @@ def _over_training(options: argparse.Namespace, config: PruneConfig) -> None:
 
 
 def _overlap(options: argparse.Namespace) -> None:
-    from sparsetrain.pruning.circuit import load_circuit, overlaps
+    from sparsetrain.pruning.circuit import load_circuit, of_one_model, overlaps
 
-    for (a, b), (nodes, edges) in overlaps({folder: load_circuit(folder) for folder in options.circuits}).items():
+    circuits = {folder: load_circuit(folder) for folder in options.circuits}
+    for (a, b), (nodes, edges) in overlaps(circuits).items():
         print(f"nodes {nodes:.3f}  edges {edges:.3f}  {a}  {b}")
+    if not of_one_model(circuits.values()):
+        print(
+            "These circuits are not known to be of the same weights. Between models that were trained apart, with\n"
+            "other seeds say, nodes of one name have nothing to do with each other: take what is above for chance\n"
+            "and compare sizes and measures instead. Between checkpoints of one run names mean the same."
+        )
 
 
 def _device(options: argparse.Namespace):
@@ -280,9 +287,10 @@ def _page(options: argparse.Namespace) -> None:
 def _measures_table(circuit) -> str:
     m = circuit.measures
     cost = circuit.settings["cost"]
+    memory = "memory not known" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 2**30:.1f} GiB at most"
     rows = [
         ("circuit", f"{m['n_nodes']} nodes, {m['n_edges']} edges"),
-        ("found in", f"{cost['seconds']:.0f} s, {cost['peak_bytes'] / 2**30:.1f} GiB at most"),
+        ("found in", f"{cost['seconds']:.0f} s, {memory}, model and Python with it"),
         (
             "its held-out task loss",
             f"{m['task_loss']:.3f} +- {m['task_loss_se']:.3f}   (target {m['target_loss']}, chance 0.693)",

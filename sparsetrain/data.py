@@ -60,6 +60,15 @@ class Corpus:
         return np.memmap(self.folder / f"{split}.bin", dtype=np.uint16, mode="r")
 
 
+def require_source(options: DataOptions) -> None:
+    """Raise a DataError if no corpus is named."""
+    if options.source == "none":
+        raise DataError(
+            "data.source must name a corpus, got none, as an imported model has; take an ablation of the task's "
+            "prompts (mean_task, mean_position, zero, corrupted), or name a corpus in the run's config.yaml"
+        )
+
+
 def prepare(options: DataOptions) -> Corpus:
     """Read, tokenize and store a corpus, or find it stored already.
 
@@ -74,11 +83,7 @@ def prepare(options: DataOptions) -> Corpus:
         DataError: there is no corpus, nothing readable was found, a side of the split is empty, or the tokenizer does
             not fit.
     """
-    if options.source == "none":
-        raise DataError(
-            "data.source must name a corpus, got none, as an imported model has; take an ablation of the task's "
-            "prompts (mean_task, mean_position, zero, corrupted), or name a corpus in the run's config.yaml"
-        )
+    require_source(options)
     files, skipped = _screen(options)
     identity = {
         "options": {k: v for k, v in asdict(options).items() if k not in ("cache", "paths", "tokenizer")},

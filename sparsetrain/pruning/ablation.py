@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sparsetrain.config import RunConfig, load_config
+from sparsetrain.data import require_source
 from sparsetrain.model import Transformer
 from sparsetrain.tasks import TaskData, TaskError
 
 BATCH = 64  # prompts in one forward pass
+OF_CORPUS = ("mean_data", "resample")  # ablations that read the corpus a model was trained on
 BANK = 512  # places of the corpus kept for resampling
 
 AblationKind = Literal["mean_data", "mean_task", "mean_position", "zero", "resample", "corrupted"]
@@ -53,6 +57,17 @@ class Ablation:
             at = torch.arange(n_tokens, device=data.tokens.device)  # positions past the last mean take that one
             return {name: m[..., None, at.clamp(max=m.shape[-2] - 1), :] for name, m in self.values.items()}
         return {name: mean[..., None, None, :] for name, mean in self.values.items()}
+
+
+def refuse_without_corpus(run: Path, kind: AblationKind) -> None:
+    """Raise if an ablation reads the corpus and a run has none; of the run only the config is read.
+
+    Raises:
+        DataError: `data.source` is none, as for imported models.
+    """
+    config = next((file for file in (run / "model" / "config.yaml", run / "config.yaml") if file.exists()), None)
+    if kind in OF_CORPUS and config is not None:
+        require_source(load_config(RunConfig, [str(config)]).data)
 
 
 def site_reader(model: Transformer, sites: Collection[str]) -> Read:

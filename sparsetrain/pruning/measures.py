@@ -117,19 +117,21 @@ def faithfulness(problem: Problem, heldout: TaskData, alone: Tensor, full: Tenso
 
 
 def size_curve(problem: Problem, heldout: TaskData, scores: EdgeSet) -> dict[str, Any]:
-    """Faithfulness of circuits of many sizes, cut from one ranking, by the logit difference (Mueller et al. 2025).
+    """Faithfulness of circuits of many sizes, cut from one ranking as the circuit is, by the logit difference.
 
     Returns:
         shares of the edges; sizes, faithfulness of circuits by signed score, cpr; sizes_by_magnitude,
         faithfulness_by_magnitude, cmd. Nothing where the logit difference
         does not tell the model from one without edges.
+
+    Source: Mueller et al. 2025.
     """
-    graph = problem.space.of
+    graph, choose = problem.space.of, problem.space.top
     prompts = list(batches(graph, heldout, problem.ablation))
     try:
-        signed = curve(graph, prompts, scores, logit_difference)
+        signed = curve(graph, prompts, scores, logit_difference, choose=choose)
         magnitudes = {group: score.abs() for group, score in scores.items()}
-        absolute = curve(graph, prompts, magnitudes, logit_difference)
+        absolute = curve(graph, prompts, magnitudes, logit_difference, choose=choose)
     except ValueError as error:
         log.warning("no curve of sizes: %s", error)
         return {}
