@@ -14,6 +14,7 @@ FLOORS = [
     {"tasks"},
     {"candidates", "memory", "optim", "record", "threads"},
     {"train", "pruning", "bench", "interop"},
+    {"sweeping"},
     {"analysis"},
     {"cli"},
     {"__main__", "__init__"},
