@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,13 @@ def plan(config: Sweep) -> str:
         return plan_text(config, points, estimates(config, points, worker))
 
 
-def sweep(config: Sweep, retry: bool = False) -> list[dict[str, Any]]:
+def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> list[dict[str, Any]]:
     """Run what is left of a sweep, point after point, and write its rows and its table.
 
     Args:
         config: what to vary, run and measure.
         retry: run again what failed.
+        worker: takes the jobs; None starts one, which ends with the sweep.
 
     Returns:
         The rows, see `rows.point_rows`; they are in `rows.jsonl` in the sweep's folder too, beside `table.md`.
@@ -55,8 +57,8 @@ def sweep(config: Sweep, retry: bool = False) -> list[dict[str, Any]]:
     _make(folder)
     rows = {point.id: point_rows(config, point) for point in points}
     try:
-        with Worker() as worker:
-            _run(config, points, rows, worker, retry)
+        with nullcontext(worker) if worker else Worker() as takes_jobs:
+            _run(config, points, rows, takes_jobs, retry)
     finally:
         write_rows(folder, rows)
     flat = [row for of_point in rows.values() for row in of_point]
