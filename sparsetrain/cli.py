@@ -10,6 +10,7 @@ from sparsetrain.bench import command as bench
 from sparsetrain.bridge_config import BridgeConfig
 from sparsetrain.config import ConfigError, RunConfig, config_to_yaml, describe_keys, load_config
 from sparsetrain.prune_config import ProbingOptions, PruneConfig
+from sparsetrain.sweeping.sweep_config import VARIED, SweepOptions, load_sweep
 
 KEYS = "\nkeys, given as key=value or in a YAML file, with their defaults:\n"
 PROBING_KEYS = "\n\nkeys of --method probing, which takes these in place of the ones above:\n"
@@ -94,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--method", default="node_masks", help=f"{', '.join(METHODS)} (default node_masks)")
     made.add_argument("--over-training", action="store_true", help="prune every kept checkpoint; draw when it forms")
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+
+    made = add("sweep", _sweep, "Train, prune and measure every combination of a config; goes on where it was stopped.")
+    made.epilog = VARIED + "\n" + KEYS + describe_keys(SweepOptions)
+    made.add_argument("config", nargs="+", metavar="FILE.yaml | key=value")
+    made.add_argument("--plan", action="store_true", help="print the points, their time and memory, and stop")
+    made.add_argument("--retry", action="store_true", help="run again what failed")
 
     made = add("overlap", _overlap, "Print how much circuits have in common: what is in both over what is in either.")
     made.add_argument("circuits", nargs="+", help="folders of circuits of one graph, of several tasks or seeds, say")
@@ -248,6 +255,20 @@ def _over_training(options: argparse.Namespace, config: PruneConfig) -> None:
     file = over_training(options.run, options.task, config, options.method, _device(options))
     print(file.read_text(), end="")
     print(f"page: {write_formation_page(file)}")
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from sparsetrain.sweeping.run import plan, sweep
+    from sparsetrain.sweeping.table import table
+
+    config = load_sweep(options.config)
+    if options.plan:
+        print(plan(config))
+        return 0
+    rows = sweep(config, options.retry)
+    print(table(rows), end="")
+    print(f"rows: {config.options.folder / 'rows.jsonl'}")
+    return 1 if any(row["error"] for row in rows) else 0
 
 
 def _overlap(options: argparse.Namespace) -> None:

@@ -1,6 +1,8 @@
 """Shared fixtures: a small real corpus, the config of a tiny model on it, and one trained run."""
 
+import json
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -52,3 +54,28 @@ def tiny_run(tiny) -> Path:
     from sparsetrain.train import train
 
     return train(load_config(RunConfig, [*tiny, "run.name=shared"]))
+
+
+@pytest.fixture(scope="module")
+def sweep_place(tmp_path_factory):
+    """A folder with a task that a tiny model does (bigrams know it), in which processes of sweeps run."""
+    names = ("name", "path", "data", "value", "key", "line", "text", "file", "node", "code", "func", "args", "list")
+    rows = [
+        {"positive": f"    def {name}(self):\n        return self", "negative": f"    def {name}(self):\n        if",
+         "positive_answer": ".", "negative_answer": " "}
+        for name in [prefix + name for prefix in ("", "get_", "_") for name in names]
+    ]  # fmt: skip
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *sys.path]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def sweep_base(tiny) -> list[str]:
+    """What sweeps of tiny runs share."""
+    shared = [item for item in tiny if not item.startswith("run.out=")]
+    return [f"base={json.dumps(shared)}", "tasks=[mine.jsonl]"]

@@ -1,0 +1,125 @@
+"""What a point has done: one small file a job, in the point's run directory, written whole once the job is over.
+
+A record says what was asked, so that a job whose settings changed since counts as not done.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.config import config_to_dict
+from sparsetrain.files import write_json
+from sparsetrain.sweeping.points import Point, not_default
+from sparsetrain.sweeping.sweep_config import ALL, BUILT_IN, Sweep, task_name
+
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step of a point, done by a process of its own.
+
+    Attributes:
+        name: of its record, as `train` or `prune-for_while`.
+        stage: which of `stages.STAGES` does it.
+        folder: the point's run directory.
+        asked: what the result depends on besides the run; the record is good as long as it is the same.
+        order: what the stage is told, as JSON.
+        makes: files or folders in the run directory of which one must be there for the job to count as done.
+    """
+
+    name: str
+    stage: str
+    folder: Path
+    asked: dict[str, Any]
+    order: dict[str, Any]
+    makes: tuple[str, ...] = field(default=())
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "jobs" / f"{self.name}.json"
+
+    def record(self) -> dict[str, Any]:
+        """What is recorded of the job: `result`, or `error`, or nothing that answers what is asked now."""
+        found = read_record(self.file)
+        if found.get("asked") != json.loads(json.dumps(self.asked)):
+            return {}
+        if "result" in found and self.makes and not any((self.folder / name).exists() for name in self.makes):
+            return {}
+        return found
+
+    def write(self, **outcome: Any) -> None:
+        """Record the job's `result`, or its `error`.
+
+        Raises:
+            WriteError: the record could not be written.
+        """
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.file, {"asked": self.asked, **outcome})
+
+    def message(self) -> str:
+        """The job as a line of JSON, which `from_message` reads."""
+        return json.dumps({**asdict(self), "folder": str(self.folder)})
+
+    @staticmethod
+    def from_message(line: str) -> "Job":
+        read = json.loads(line)
+        return Job(**{**read, "folder": Path(read["folder"])})
+
+
+def jobs(sweep: Sweep, point: Point) -> Iterator[Job]:
+    """The jobs of a point in their order; which tasks are pruned may depend on the record of the one before."""
+    run = {"config": config_to_dict(point.config)}
+    yield Job("train", "train", point.folder, point.identity, run, ("model",))
+    if ALL in sweep.options.tasks:
+        yield abilities(sweep, point, run)
+    yield from prunings(sweep, point, run)
+    for measure in sweep.options.measures:
+        where = measure.replace(":", ".")
+        yield Job(f"measure-{where}", "measure", point.folder, {"measure": measure}, {**run, "measure": measure})
+
+
+def abilities(sweep: Sweep, point: Point, run: dict[str, Any]) -> Job:
+    """The job that finds out which tasks the full model does."""
+    order = {"pairs": sweep.prune.heldout_pairs, "tasks": list(BUILT_IN)}
+    return Job("abilities", "abilities", point.folder, order, {**run, **order})
+
+
+def prunings(sweep: Sweep, point: Point, run: dict[str, Any]) -> Iterator[Job]:
+    """The jobs that prune: the tasks that are named, and of all those that the model does."""
+    named = [task for task in sweep.options.tasks if task != ALL]
+    if ALL in sweep.options.tasks:
+        scores = abilities(sweep, point, run).record().get("result", {})
+        named += [task for task, score in scores.items() if is_done(score, sweep) and task not in named]
+    settings = dict(not_default(sweep.prune))
+    circuit = sweep.prune.name or sweep.options.method
+    for task in named:
+        asked = {"task": task, "text": digest(task), "method": sweep.options.method, "prune": settings}
+        order = {**run, "task": task, "method": sweep.options.method, "prune": config_to_dict(sweep.prune)}
+        name, folder = task_name(task), f"circuits/{task_name(task)}/{circuit}"
+        made = (f"{folder}/circuit.json", f"{folder}/unreached.json")
+        yield Job(f"prune-{name}", "prune", point.folder, asked, order, made)
+
+
+def is_done(score: dict[str, Any], sweep: Sweep) -> bool:
+    """Whether a full model does a task as well as its circuit is to do it."""
+    return score["loss"] is not None and score["calibrated_loss"] <= sweep.prune.target_loss
+
+
+def digest(task: str) -> str | None:
+    """The hash of a task's file; a built-in task has none."""
+    return hashlib.sha256(Path(task).read_bytes()).hexdigest() if task.endswith(".jsonl") else None
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """What a record's file holds; nothing where there is none."""
+    try:
+        found = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError:  # not ours, or edited: done again
+        return {}
+    return found if isinstance(found, dict) else {}
