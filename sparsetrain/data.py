@@ -85,8 +85,11 @@ def prepare(options: DataOptions) -> Corpus:
     """
     require_source(options)
     files, skipped = _screen(options)
+    chosen = asdict(options)
+    if options.end_of_text == END_OF_TEXT:
+        del chosen["end_of_text"]  # corpora that were prepared before there was a choice stay valid
     identity = {
-        "options": {k: v for k, v in asdict(options).items() if k not in ("cache", "paths", "tokenizer")},
+        "options": {k: v for k, v in chosen.items() if k not in ("cache", "paths", "tokenizer")},
         "files": [digest for _, digest in files],  # not their names: a corpus may be moved
         "tokenizer": _given_tokenizer(options) and file_hash(Path(options.tokenizer)),
     }
