@@ -112,10 +112,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_arguments(made)
 
-    made = add("page", _page, "Write the page of a circuit again, from what the run directory holds.")
-    made.add_argument("run", help="a run directory")
-    made.add_argument("--task", required=True, help="its name: the folder under circuits/")
-    made.add_argument("--circuit", default="node_masks", help="its folder's name: the method, or what `name` was")
+    for name, command, summary in (
+        (
+            "transfer",
+            _transfer,
+            "Carry a circuit across a bridge: steer and ablate the dense model along it.",
+        ),
+        ("page", _page, "Write the page of a circuit again, from what the run directory holds."),
+    ):
+        made = add(name, command, summary)
+        made.add_argument("run", help="a run directory")
+        made.add_argument("--task", required=True, help="its name: the folder under circuits/")
+        made.add_argument("--circuit", default="node_masks", help="its folder's name: the method, or what `name` was")
+        if name == "transfer":
+            made.add_argument("--bridge", default="dense", help="its folder's name under bridges/ (default dense)")
+            made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     return parser
 
 
@@ -293,16 +304,23 @@ def _device(options: argparse.Namespace):
     return pick_device(options.device)
 
 
+def _transfer(options: argparse.Namespace) -> None:
+    from sparsetrain.analysis.circuit_page import write_page
+    from sparsetrain.bridging.transfer import transfer
+    from sparsetrain.bridging.transfer_measures import describe
+    from sparsetrain.pruning.circuit import circuit_folder
+
+    file = transfer(options.run, options.task, options.circuit, options.bridge, _device(options))
+    print(describe(json.loads(file.read_text())))
+    print(f"saved in {file}")
+    print(f"page: {write_page(options.run, circuit_folder(options.run, options.task, options.circuit))}")
+
+
 def _page(options: argparse.Namespace) -> None:
     from sparsetrain.analysis.circuit_page import write_page
-    from sparsetrain.pruning.circuit import CircuitError
+    from sparsetrain.pruning.circuit import circuit_folder
 
-    circuits = Path(options.run) / "circuits" / options.task
-    there = sorted(folder.name for folder in circuits.glob("[!.]*") if (folder / "circuit.json").exists())
-    if options.circuit not in there:
-        found = ", ".join(there) or "none"
-        raise CircuitError(f"--circuit must be one of those in {circuits}, which are {found}, got {options.circuit!r}")
-    print(write_page(options.run, circuits / options.circuit))
+    print(write_page(options.run, circuit_folder(options.run, options.task, options.circuit)))
 
 
 def _measures_table(circuit) -> str:

@@ -48,6 +48,14 @@ class OwnModel:
         with hooked([(self.model.norm, "out", _edit(edits["final_in"]))] if "final_in" in edits else []):
             return self.model.run(tokens, edits=inside)[0]
 
+    def normed(self, read: str, resid: Tensor) -> Tensor:
+        """See `Residuals.normed`; without concatenated positions."""
+        if read == "final_in":
+            return self.model.norm(resid)
+        _, l, kind = read.split(".")
+        sublayer = "attn" if kind == "attn_in" else "mlp"
+        return self.model.blocks[int(l)].get_submodule(sublayer).norm.resid(resid)
+
 
 def _keep(seen: dict[str, Tensor], module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
     seen["final_in"] = out

@@ -89,6 +89,10 @@ class HfModel:
         with hooked(hooks):
             return self._logits(tokens)
 
+    def normed(self, read: str, resid: Tensor) -> Tensor:
+        """See `Residuals.normed`."""
+        return self._norm(read)(resid)
+
     def _logits(self, tokens: Tensor) -> Tensor:
         return self.model(input_ids=tokens, use_cache=False).logits
 

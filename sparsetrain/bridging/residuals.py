@@ -76,6 +76,9 @@ class Residuals(Protocol):
             ValueError: a name is neither a site nor a read of this model.
         """
 
+    def normed(self, read: str, resid: Tensor) -> Tensor:
+        """What the norm before a read makes of a residual (..., D), before any AbsTopK."""
+
 
 def check_names(model: Residuals, names: Collection[str]) -> None:
     """Refuse names that are neither a site nor a read of a model.

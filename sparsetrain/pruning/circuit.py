@@ -181,6 +181,25 @@ def load_circuit(folder: str | Path, device: str | torch.device = "cpu") -> Circ
         raise CircuitError(f"{folder} holds a damaged circuit: {type(error).__name__} {error}") from None
 
 
+def circuit_folder(run: str | Path, task: str, name: str) -> Path:
+    """The folder of a run's circuit.
+
+    Args:
+        run: a run directory.
+        task: the task's name.
+        name: the folder's: the method, or what `name` was.
+
+    Raises:
+        CircuitError: there is none of this name; says which there are.
+    """
+    circuits = Path(run) / "circuits" / task
+    there = sorted(folder.name for folder in circuits.glob("[!.]*") if (folder / "circuit.json").exists())
+    if name not in there:
+        found = ", ".join(there) or "none"
+        raise CircuitError(f"--circuit must be one of those in {circuits}, which are {found}, got {name!r}")
+    return circuits / name
+
+
 def read_result(
     folder: Path, name: str, form: str, device: str | torch.device
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
