@@ -55,7 +55,8 @@ def find_blocks(blocks: nn.ModuleList, run: Callable[[], Any]) -> list[Block]:
     found: list[Names] = []
 
     def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        found.append(_find_names(module, args, kwargs, found[-1] if found else Names()))
+        before = found[-1] if found and _alike(module, blocks[len(found) - 1]) else None
+        found.append(_find_names(module, args, kwargs, before))
 
     with hooked([(block, "in", look) for block in blocks]):
         run()
@@ -148,20 +149,24 @@ def _is_norm(module: nn.Module) -> bool:
     return all(p.dim() < 2 for p in module.parameters())
 
 
-def _find_names(block: nn.Module, args: tuple, kwargs: dict, guess: Names) -> Names:
-    """The parts of a block that is called with these, where those of another are tried first."""
+def _alike(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two blocks have the same modules."""
+    return [(n, type(m)) for n, m in a.named_modules()] == [(n, type(m)) for n, m in b.named_modules()]
+
+
+def _find_names(block: nn.Module, args: tuple, kwargs: dict, before: Names | None) -> Names:
+    """The parts of a block that is called with these; those of one like it hold for it too."""
     plain = Trace(block, args, kwargs)
     norms = [*plain.norms_of(stream(args, kwargs)), None, None]
-    for write, mid in _pairs(plain, stream(args, kwargs), guess):
+    pairs = _pairs(plain, stream(args, kwargs)) if not before else [(before.write, before.mid)] if before.mid else []
+    for write, mid in pairs:
         if _splits(block, args, kwargs, plain, write, mid):
             return Names(write, mid, norms[0], mid if _is_norm(block.get_submodule(mid)) else None)
     return Names(None, None, *norms[:2])
 
 
-def _pairs(plain: Trace, x: Tensor, guess: Names) -> Iterator[tuple[str, str]]:
-    """What may be write and mid: those of another block, then modules by when they are called, and finish last."""
-    if guess.mid in plain.called and guess.write in plain.finished:
-        yield guess.write, guess.mid
+def _pairs(plain: Trace, x: Tensor) -> Iterator[tuple[str, str]]:
+    """What may be write and mid: modules by when they are called, and finish last."""
     for mid, reads in plain.called.items():
         if not close(reads, x):
             yield from ((write, mid) for write in reversed(plain.before[mid]))
@@ -170,5 +175,7 @@ def _pairs(plain: Trace, x: Tensor, guess: Names) -> Iterator[tuple[str, str]]:
 def _splits(block: nn.Module, args: tuple, kwargs: dict, plain: Trace, write: str, mid: str) -> bool:
     """Whether a block is two halves at these: with `write` silent, what enters the block is what `mid` reads, and what
     the block gives back follows from it."""
+    if mid not in plain.called:
+        return False
     entered = Trace(block, *with_stream(args, kwargs, plain.called[mid]), write)
     return mid in entered.called and close(entered.called[mid], plain.called[mid]) and close(entered.out, plain.out)
