@@ -21,7 +21,7 @@ def modularity_measures(edges: Edges, layout: Layout, seeds: Sequence[int] = (0,
 
     Returns:
         `q` and `n_communities` (of two nodes and more), as Louvain finds them; `null`, a list, Q of each shuffle;
-        `z`, how many standard deviations of the null q lies above its mean; `spread`, the mean distance along each
+        `z`, how many standard deviations of the null q lies above its mean (0 if it does not vary); `spread`, the mean distance along each
         axis of the sheet between two nodes of a community, to that between any two nodes: near 0 if communities are
         places, near 1 if they have nothing to do with places.
 
@@ -34,11 +34,12 @@ def modularity_measures(edges: Edges, layout: Layout, seeds: Sequence[int] = (0,
         raise LocalityError(f"the null must have two seeds or more, got {len(seeds)}; z needs a deviation")
     q, communities = _louvain(edges, layout.plan, seeds[0])
     null = [_louvain(shuffled(edges, seed), layout.plan, seed)[0] for seed in seeds]
+    deviation = float(np.std(null, ddof=1))
     return {
         "q": q,
         "n_communities": len(communities),
         "null": null,
-        "z": (q - float(np.mean(null))) / float(np.std(null, ddof=1)),
+        "z": (q - float(np.mean(null))) / deviation if deviation else 0.0,
         "spread": _spread(communities, layout),
     }
 
