@@ -42,6 +42,9 @@ class Ablation:
     def replacements(self, read: Read, data: TaskData, places: Tensor) -> dict[str, Tensor]:
         """For each name what replaces the activations of these prompts; it broadcasts over (..., N, T, width).
 
+        Under `corrupted` there is `shared` too, (N, T) booleans: where a prompt has been its partner so far, so that a
+        causal model does the same on both; or where it has ended.
+
         Args:
             read: what the ablation was built with; only `corrupted` runs it.
             data: N prompts of T tokens.
@@ -50,7 +53,7 @@ class Ablation:
         n_tokens = data.tokens.shape[1]
         if self.kind == "corrupted":
             with torch.no_grad():
-                return read(data.corrupted[:, :n_tokens])
+                return {**read(data.corrupted[:, :n_tokens]), "shared": _shared(data)}
         if self.kind == "resample":
             return {name: bank[..., places[:, :n_tokens], :] for name, bank in self.values.items()}
         if self.kind == "mean_position":
@@ -143,6 +146,12 @@ def draw_places(ablation: Ablation, tokens: Tensor, generator: torch.Generator) 
         return torch.zeros_like(tokens)
     n = next(iter(ablation.values.values())).shape[-2]
     return torch.randint(n, tokens.shape, generator=generator).to(tokens.device)
+
+
+def _shared(data: TaskData) -> Tensor:
+    same = data.tokens == data.corrupted[:, : data.tokens.shape[1]]
+    ended = torch.arange(same.shape[1], device=same.device) > data.end[:, None]
+    return same.cumprod(1).bool() | ended
 
 
 def _float(x: Tensor) -> torch.dtype:

@@ -7,17 +7,16 @@ Biases of attention's output belong to no head and are never ablated.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sparsetrain.kernels.ops import act_abs_topk, attend
-from sparsetrain.model import Attention, Mlp, Transformer, keep, n_kept
+from sparsetrain.model import Attention, Mlp, Transformer, keep, n_kept, thirds
 from sparsetrain.pruning.ablation import site_reader
 from sparsetrain.pruning.edges import EdgeSet, edge_names
+from sparsetrain.pruning.stream import Places, Stream
 
 
 class ComponentGraph:
@@ -100,20 +99,30 @@ class ComponentGraph:
         self, tokens: Tensor, gates: EdgeSet, replacements: Mapping[str, Tensor], inputs_at: float = 1.0
     ) -> Tensor:
         """See EdgeGraph."""
-        written, replaced = self.embeddings(tokens), replacements["embed"]
-        stream = _Stream(written.shape[1:], len(self.sources), written)
-        stream.write(replaced + inputs_at * (written - replaced), replaced)
+        places = Places(tokens, self._shared(replacements))
+        written, replaced = places.pick(self.embeddings(tokens)), places.pick(replacements["embed"])
+        stream = Stream(places, len(self.sources), written)
+        stream.write(replaced + inputs_at * (written - replaced), replacements["embed"])
         p = self.position_vectors(tokens.shape[1])
         for l, block in enumerate(self.model.blocks):
             streams = stream.read(*(gates[f"blocks.{l}.{name}"] for name in "qkv"))
-            q, k, v = (read_heads(block.attn, i, x, p) for i, x in enumerate(streams))
-            z = attend(q, k, v, block.attn.sink, block.attn.d_head, block.attn.causal)
+            parts = [read_heads(block.attn, i, x, places.positions(p)) for i, x in enumerate(streams)]
+            q, k, v = places.fill(parts, partial(_plain_heads, block.attn), stream.fixed, p)
+            z = places.pick(attend(q, k, v, block.attn.sink, block.attn.d_head, block.attn.causal))
             out = keep(block.attn.out(z), block.attn.topk.attn_out) if block.attn.topk.attn_out < 1 else None
             stream.write(head_writes(block.attn, z, out), replacements[f"blocks.{l}.heads"])
             stream.add(attention_bias(block.attn, out))
-            mlp = _run_mlp(block.mlp, stream.read(gates[f"blocks.{l}.mlp"])[0][0], p)
+            mlp = _run_mlp(block.mlp, stream.read(gates[f"blocks.{l}.mlp"])[0][0], places.positions(p))
             stream.write(mlp[None], replacements[f"blocks.{l}.mlp"])
-        return stream.read(gates["logits"])[0][0]
+        (resid,) = places.fill(stream.read(gates["logits"])[0], lambda x, _: [x], stream.fixed, p)
+        return resid
+
+    def _shared(self, replacements: Mapping[str, Tensor]) -> Tensor | None:
+        """(B, T) where all sources are what replaces them, as far as that is known."""
+        options = self.model.options
+        if not options.causal or options.abs_topk.attn_out < 1:  # whose choice at a replacement is not known
+            return None
+        return replacements.get("shared")
 
     def connected(self, edges: EdgeSet) -> EdgeSet:
         """Drop the edges of heads and MLPs that nothing is read by, or that read nothing, until none is left."""
@@ -159,89 +168,6 @@ class ComponentGraph:
         return torch.stack([x, p.expand_as(x)]) if self.split_embedding else (x + p)[None]
 
 
-class _Stream:
-    """The residual stream as the sum of what was written to it, which each target reads through gates of its own."""
-
-    def __init__(self, shape: torch.Size, n_sources: int, like: Tensor):
-        self.shape = shape  # (B, T, D)
-        self.changes = _Changes(like.new_empty(n_sources, shape.numel()))
-        self.n = 0  # sources that have written
-        self.fixed = like.new_zeros(())  # what is read of every source when all its gates are shut
-        self.order = like.new_zeros(())  # tells autograd which reads came after which writes
-
-    def write(self, x: Tensor, replacement: Tensor) -> None:
-        """Add what n sources wrote, (n, B, T, D); the replacement broadcasts over it."""
-        self.fixed = self.fixed + replacement.sum(0)
-        rows = slice(self.n, self.n + len(x))
-        self.n = rows.stop
-        self.order = _Write.apply(self.order, x, replacement, self.changes, rows)
-
-    def add(self, x: Tensor) -> None:
-        """Add what belongs to no source."""
-        self.fixed = self.fixed + x
-
-    def read(self, *gates: Tensor) -> tuple[Tensor, ...]:
-        """What targets with these gates (R, n_sources) read: (R, B, T, D) for each group of targets."""
-        rows = (torch.cat(gates) if len(gates) > 1 else gates[0]).to(self.changes.values.dtype)
-        out = _Read.apply(rows, self.fixed.expand(self.shape).reshape(-1), self.order, self.changes)
-        return out.unflatten(1, self.shape).split([len(g) for g in gates])
-
-
-@dataclass
-class _Changes:
-    """How far each source is from its replacement, (n_sources, M), and the gradient of that, which all reads add to.
-
-    One matrix, so that a read is one product, and its gradient another that adds in place.
-    """
-
-    values: Tensor
-    gradient: Tensor | None = None
-
-
-class _Write(torch.autograd.Function):
-    """Put x - replacement into rows of the changes; its gradient is there once all later reads have added theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, order: Tensor, x: Tensor, replacement: Tensor, changes: _Changes, rows: slice) -> Tensor:
-        ctx.changes, ctx.rows, ctx.shape = changes, rows, x.shape
-        torch.sub(x, replacement, out=changes.values[rows].view(x.shape))
-        return order.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[1]:
-            return grad, None, None, None, None
-        rows = ctx.changes.gradient[ctx.rows]
-        for_x = rows.clone().view(ctx.shape)
-        rows.zero_()  # for another backward pass
-        return grad, for_x, None, None, None
-
-
-class _Read(torch.autograd.Function):
-    """fixed + gates @ changes: gates (R, n), fixed (M,), the first n rows of the changes -> (R, M)."""
-
-    @staticmethod
-    def forward(ctx: Any, gates: Tensor, fixed: Tensor, order: Tensor, changes: _Changes) -> Tensor:
-        ctx.save_for_backward(gates)
-        ctx.changes = changes
-        return torch.addmm(fixed, gates, changes.values[: gates.shape[1]])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gates,), changes = ctx.saved_tensors, ctx.changes
-        n = gates.shape[1]
-        for_gates = grad @ changes.values[:n].T if ctx.needs_input_grad[0] else None
-        for_fixed = grad.sum(0) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[2]:
-            return for_gates, for_fixed, None, None
-        if changes.gradient is None:
-            changes.gradient = torch.zeros_like(changes.values)
-        changes.gradient[:n].addmm_(gates.T, grad)
-        return for_gates, for_fixed, grad.new_zeros(()), None
-
-
 def head_writes(attn: Attention, z: Tensor, out: Tensor | None) -> Tensor:
     """What each head adds to the residual stream: (H, B, T, D).
 
@@ -271,6 +197,11 @@ def read_heads(attn: Attention, which: int, x: Tensor, p: Tensor | None) -> Tens
     if attn.qkv.bias is not None:
         out = out + attn.qkv.bias.chunk(3)[which]
     return keep(out, fraction)
+
+
+def _plain_heads(attn: Attention, x: Tensor, p: Tensor | None) -> list[Tensor]:
+    """Queries, keys and values (1, P, D) of heads that all read one residual stream, x (1, P, D)."""
+    return thirds(attn.qkv(attn.norm(x, p, attn.topk.attn_in)), (attn.topk.q, attn.topk.k, attn.topk.v))
 
 
 def _run_mlp(mlp: Mlp, x: Tensor, p: Tensor | None) -> Tensor:

@@ -54,7 +54,8 @@ class EdgeGraph(Protocol):
         Args:
             tokens: (B, T).
             gates: for each group (n_targets, n_sources) floats in [0, 1].
-            replacements: for each source what replaces it, as an `Ablation` of what `read` gives has them.
+            replacements: for each source what replaces it, as an `Ablation` of what `read` gives has them; `shared`
+                positions, if they are named, may be left as they are there.
             inputs_at: where the embedding is on the way from its replacement (0) to itself (1).
         """
         ...
