@@ -1,11 +1,11 @@
 """What is left of a sweep, and how long it may take: from points that are done, or else from a few timed steps."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 
-from sparsetrain.config import RunConfig, config_to_dict
+from sparsetrain.config import RunConfig
 from sparsetrain.sweeping.points import Point
-from sparsetrain.sweeping.records import Job, jobs
+from sparsetrain.sweeping.records import Job, recorded
 from sparsetrain.sweeping.sweep_config import ALL, Sweep
 from sparsetrain.sweeping.worker import Worker
 
@@ -39,7 +39,7 @@ class Estimate:
 
 def estimates(config: Sweep, points: list[Point], worker: Worker) -> dict[str, Estimate]:
     """An estimate for each point, by its id; steps are timed where no other seed of the point is done."""
-    found = {point.id: [(job, job.record()) for job in jobs(config, point)] for point in points}
+    found = {point.id: recorded(config, point) for point in points}
     cells = {point.group: point for point in points}
     known = {group: _known([found[p.id] for p in points if p.group == group]) for group in cells}
     unknown = [point for group, point in cells.items() if known[group] is None]
@@ -51,12 +51,11 @@ def estimates(config: Sweep, points: list[Point], worker: Worker) -> dict[str, E
     return {p.id: Estimate(*training[p.group], fmean(pruned) if pruned else None, n_tasks) for p in points}
 
 
-def plan_text(config: Sweep, points: list[Point], expected: dict[str, Estimate]) -> str:
+def plan_text(config: Sweep, points: list[Point], left: list[Point], expected: dict[str, Estimate]) -> str:
     """The plan as a table: a line for all seeds of a combination, then the sum over what is left."""
     cells: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         cells.setdefault(point.group, []).append(point)
-    left = [point for point in points if not is_over(config, point)]
     width = max(len(_cell_name(of[0])) for of in cells.values())
     lines = [
         f"{config.options.folder}: {len(points)} points, {len(points) - len(left)} done or failed, {len(left)} left"
@@ -69,16 +68,6 @@ def plan_text(config: Sweep, points: list[Point], expected: dict[str, Estimate])
         )
     seconds = sum(expected[point.id].train_seconds or 0 for point in left)
     return "\n".join([*lines, f"training: about {duration(seconds)}; {_pruning(config, left, expected)}"])
-
-
-def is_over(config: Sweep, point: Point) -> bool:
-    """Whether every job of a point is done, or failed."""
-    for job in jobs(config, point):
-        if not (record := job.record()):
-            return False
-        if job.stage == "train" and "error" in record:
-            return True
-    return True
 
 
 def _pruning(config: Sweep, left: list[Point], expected: dict[str, Estimate]) -> str:
@@ -110,7 +99,7 @@ def _spread(points: list[Point]) -> list[Point]:
 
 def _timed(config: Sweep, point: Point, worker: Worker) -> tuple[float | None, int | None, str]:
     asked = {key: value for key, value in point.identity.items() if key != "run.seed"}
-    order = {"config": config_to_dict(point.config)}
+    order = {"config": asdict(point.config)}
     name = f"calibrate-{point.id.rpartition('_seed-')[0]}"
     job = Job(name, "calibrate", config.options.folder / "plan", asked, order)
     error = None if job.record() else worker.run(job)

@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
-from functools import cached_property, reduce
+from functools import cache, cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,14 @@ def identity(config: Any) -> dict[str, Any]:
 
 def not_default(config: Any) -> Iterator[tuple[str, Any]]:
     """The leaves of a config that differ from their defaults: keys that a later version adds change nothing."""
-    defaults = type(config)()
-    for key, _ in known_keys(type(config)):
-        if (value := value_of(config, key)) != value_of(defaults, key):
+    for key, default in _defaults(type(config)).items():
+        if (value := value_of(config, key)) != default:
             yield key, value
+
+
+@cache
+def _defaults(kind: type) -> dict[str, Any]:
+    return {key: value_of(kind(), key) for key, _ in known_keys(kind)}
 
 
 def value_of(config: Any, key: str) -> Any:

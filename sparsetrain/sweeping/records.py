@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.config import config_to_dict
 from sparsetrain.files import write_json
 from sparsetrain.sweeping.points import Point, not_default
 from sparsetrain.sweeping.sweep_config import ALL, BUILT_IN, Sweep, task_name
@@ -70,9 +69,17 @@ class Job:
         return Job(**{**read, "folder": Path(read["folder"])})
 
 
+Recorded = list[tuple[Job, dict[str, Any]]]  # jobs with their records
+
+
+def recorded(sweep: Sweep, point: Point) -> Recorded:
+    """The jobs of a point, as far as they are known now, and what is recorded of each."""
+    return [(job, job.record()) for job in jobs(sweep, point)]
+
+
 def jobs(sweep: Sweep, point: Point) -> Iterator[Job]:
     """The jobs of a point in their order; which tasks are pruned may depend on the record of the one before."""
-    run = {"config": config_to_dict(point.config)}
+    run = {"config": asdict(point.config)}  # not by OmegaConf, which takes a thousand times as long
     yield Job("train", "train", point.folder, point.identity, run, ("model",))
     if ALL in sweep.options.tasks:
         yield abilities(sweep, point, run)
@@ -94,11 +101,11 @@ def prunings(sweep: Sweep, point: Point, run: dict[str, Any]) -> Iterator[Job]:
     if ALL in sweep.options.tasks:
         scores = abilities(sweep, point, run).record().get("result", {})
         named += [task for task, score in scores.items() if is_done(score, sweep) and task not in named]
-    settings = dict(not_default(sweep.prune))
+    settings, prune = dict(not_default(sweep.prune)), asdict(sweep.prune)
     circuit = sweep.prune.name or sweep.options.method
     for task in named:
         asked = {"task": task, "text": digest(task), "method": sweep.options.method, "prune": settings}
-        order = {**run, "task": task, "method": sweep.options.method, "prune": config_to_dict(sweep.prune)}
+        order = {**run, "task": task, "method": sweep.options.method, "prune": prune}
         name, folder = task_name(task), f"circuits/{task_name(task)}/{circuit}"
         made = (f"{folder}/circuit.json", f"{folder}/unreached.json")
         yield Job(f"prune-{name}", "prune", point.folder, asked, order, made)

@@ -7,14 +7,19 @@ from typing import Any
 
 from sparsetrain.files import write_whole
 from sparsetrain.sweeping.points import Point
-from sparsetrain.sweeping.records import is_done, jobs
+from sparsetrain.sweeping.records import Recorded, is_done
 from sparsetrain.sweeping.sweep_config import Sweep
 
 ROWS = "rows.jsonl"
 
 
-def point_rows(sweep: Sweep, point: Point) -> list[dict[str, Any]]:
+def point_rows(sweep: Sweep, point: Point, done: Recorded) -> list[dict[str, Any]]:
     """The rows of a point: what it has done so far, none if that is nothing.
+
+    Args:
+        sweep: the sweep it is of.
+        point: the point.
+        done: what is recorded of it.
 
     Returns:
         For each task that was pruned, that the model does not do, or whose pruning failed, a row; one without a task
@@ -22,7 +27,7 @@ def point_rows(sweep: Sweep, point: Point) -> list[dict[str, Any]]:
         task that was pruned what `stages.COPIED` names, `nonsense`, discovery_seconds and discovery_peak_bytes; `why`,
         where the target was not reached; further measures by their names; `error`, null if there was none.
     """
-    found = {job.name: (job, job.record()) for job in jobs(sweep, point)}
+    found = {job.name: (job, record) for job, record in done}
     trained = found["train"][1]
     if not trained:
         return []

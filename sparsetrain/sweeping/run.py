@@ -13,7 +13,7 @@ from sparsetrain.files import WriteError, write_whole
 from sparsetrain.sweeping.plan import estimates, plan_text
 from sparsetrain.sweeping.points import Point, expand, identity
 from sparsetrain.sweeping.progress import Progress
-from sparsetrain.sweeping.records import LOG, Job, digest, jobs, read_record
+from sparsetrain.sweeping.records import LOG, Job, Recorded, digest, jobs, read_record, recorded
 from sparsetrain.sweeping.rows import point_rows, write_rows
 from sparsetrain.sweeping.sweep_config import ALL, Sweep
 from sparsetrain.sweeping.table import table
@@ -33,7 +33,8 @@ def plan(config: Sweep) -> str:
     points = expand(config)
     check(points)
     with Worker() as worker:
-        return plan_text(config, points, estimates(config, points, worker))
+        left = [point for point in points if is_left(recorded(config, point), retry=False)]
+        return plan_text(config, points, left, estimates(config, points, worker))
 
 
 def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> list[dict[str, Any]]:
@@ -55,10 +56,16 @@ def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> l
     check(points)
     folder = config.options.folder
     _make(folder)
-    rows = {point.id: point_rows(config, point) for point in points}
+    rows, left = {}, []
+    for point in points:
+        done = recorded(config, point)
+        rows[point.id] = point_rows(config, point, done)
+        if is_left(done, retry):
+            left.append(point)
     try:
         with nullcontext(worker) if worker else Worker() as takes_jobs:
-            _run(config, points, rows, takes_jobs, retry)
+            if left:
+                _run(config, points, left, rows, takes_jobs, retry)
     finally:
         write_rows(folder, rows)
     flat = [row for of_point in rows.values() for row in of_point]
@@ -112,18 +119,22 @@ def _there(point: Point) -> dict[str, Any] | None:
     return identity(load_config(RunConfig, [str(file)])) if file.exists() else None
 
 
-def _run(config: Sweep, points: list[Point], rows: Rows, worker: Worker, retry: bool) -> None:
-    left = [point for point in points if next(_left(config, point, retry), None)]
-    if not left:
-        return
+def is_left(done: Recorded, retry: bool) -> bool:
+    """Whether there is anything to do for a point."""
+    if "error" in done[0][1] and not retry:  # its model could not be trained
+        return False
+    return any(not record or (retry and "error" in record) for _, record in done)
+
+
+def _run(config: Sweep, points: list[Point], left: list[Point], rows: Rows, worker: Worker, retry: bool) -> None:
     check_before(config, left, worker)
     expected = estimates(config, points, worker)
-    log.info("%s", plan_text(config, points, expected))
+    log.info("%s", plan_text(config, points, left, expected))
     seconds = {point.id: expected[point.id].seconds for point in left}
     with Progress(len(points), seconds) as progress:
         for point in left:
             complete(config, point, worker, retry, progress)
-            rows[point.id] = point_rows(config, point)
+            rows[point.id] = point_rows(config, point, recorded(config, point))
             progress.finished(point, rows[point.id])
             write_rows(config.options.folder, rows)
 
