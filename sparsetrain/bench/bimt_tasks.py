@@ -122,7 +122,7 @@ def compositionality(x: Tensor) -> Tensor:
 
 
 def two_moons(n: int, rng: Generator) -> tuple[Tensor, Tensor]:
-    """Points (n, 2) on two half circles that reach into each other, with noise of 0.1, and which one each is on (n,)."""
+    """Points (n, 2) on two half circles that reach into each other, with noise of 0.1, and which each is on (n,)."""
     angle = torch.linspace(0, math.pi, n // 2)
     upper = torch.stack([angle.cos(), angle.sin()], 1)
     points = torch.cat([upper, torch.tensor([1, 0.5]) - upper])
