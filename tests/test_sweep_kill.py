@@ -1,5 +1,6 @@
 """Killed at random times, and then run again, a sweep has the rows of one that was not."""
 
+import json
 import os
 import random
 import signal
@@ -26,13 +27,17 @@ def killed(arguments: list[str], folder, seconds: float, all_at_once: bool) -> N
     """Start a sweep and kill it some time after it has recorded something new, or else when it has ended."""
     command = [sys.executable, "-m", "sparsetrain", "sweep", *arguments]
     victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    n_recorded = len(list(folder.glob("*/jobs/*")))
-    while victim.poll() is None and len(list(folder.glob("*/jobs/*"))) == n_recorded:
+    n_before = n_recorded(folder)
+    while victim.poll() is None and n_recorded(folder) == n_before:
         time.sleep(0.05)
     time.sleep(seconds)
     for pid in family(victim.pid) if victim.poll() is None and all_at_once else [victim.pid]:
         os.kill(pid, signal.SIGKILL)
     victim.wait()
+
+
+def n_recorded(points) -> int:
+    return sum(len(json.loads(file.read_text())) for file in points.glob("*/jobs.json"))
 
 
 def facts(rows: list[dict]) -> list[dict]:
@@ -44,7 +49,7 @@ def test_the_rows_are_those_of_a_sweep_that_was_not_killed(sweep_place, sweep_ba
     points = sweep_place / "sweeps/killed/points"
     for all_at_once in (False, True):
         killed([*arguments, "name=killed"], points, rng.uniform(0, 1.5), all_at_once)
-    n_left = 4 - len(list(points.glob("*/jobs/*")))
+    n_left = 4 - n_recorded(points)
     with Worker() as worker:
         rows, whole = (sweep(load_sweep([*arguments, f"name={name}"]), worker=worker) for name in ("killed", "whole"))
     assert n_left > 0, "the kills came too late to show anything"

@@ -118,7 +118,7 @@ def test_retry_runs_again_what_failed_and_nothing_else(place, arguments, rows, w
     assert [row["error"] is None for row in again] == [False, True]
     assert again[1] == {**spared, "spared": 1, "error": None}
     changed = {file for file, at in _touched(place).items() if before.get(file) != at}
-    assert {os.path.basename(file) for file in changed} == {"log.txt", "measure-my_measures.killed.json"}
+    assert {os.path.basename(file) for file in changed} == {"log.txt", "jobs.json"}
 
 
 def test_another_prune_config_prunes_again_and_keeps_the_models(place, arguments, rows, worker):

@@ -1,4 +1,4 @@
-"""What a point has done: one small file a job, in the point's run directory, written whole once the job is over.
+"""What a point has done: jobs.json in its run directory, written whole whenever a job is over.
 
 A record says what was asked, so that a job whose settings changed since counts as not done.
 """
@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sparsetrain.files import write_json
 from sparsetrain.sweeping.points import Point, not_default
 from sparsetrain.sweeping.sweep_config import ALL, BUILT_IN, Sweep, task_name
 
-LOG = "log.txt"
+LOG, RECORDS = "log.txt", "jobs.json"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Job:
     """One step of a point, done by a process of its own.
 
     Attributes:
-        name: of its record, as `train` or `prune-for_while`.
+        name: under which it is recorded, as `train` or `prune-for_while`.
         stage: which of `stages.STAGES` does it.
         folder: the point's run directory.
         asked: what the result depends on besides the run; the record is good as long as it is the same.
@@ -39,11 +40,11 @@ class Job:
 
     @property
     def file(self) -> Path:
-        return self.folder / "jobs" / f"{self.name}.json"
+        return self.folder / RECORDS
 
     def record(self) -> dict[str, Any]:
         """What is recorded of the job: `result`, or `error`, or nothing that answers what is asked now."""
-        found = read_record(self.file)
+        found = read_records(self.file).get(self.name, {})
         if found.get("asked") != json.loads(json.dumps(self.asked)):
             return {}
         if "result" in found and self.makes and not any((self.folder / name).exists() for name in self.makes):
@@ -56,8 +57,8 @@ class Job:
         Raises:
             WriteError: the record could not be written.
         """
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.file, {"asked": self.asked, **outcome})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.file, {**read_records(self.file), self.name: {"asked": self.asked, **outcome}})
 
     def message(self) -> str:
         """The job as a line of JSON, which `from_message` reads."""
@@ -121,12 +122,19 @@ def digest(task: str) -> str | None:
     return hashlib.sha256(Path(task).read_bytes()).hexdigest() if task.endswith(".jsonl") else None
 
 
-def read_record(file: Path) -> dict[str, Any]:
-    """What a record's file holds; nothing where there is none."""
+def read_records(file: Path) -> dict[str, dict[str, Any]]:
+    """The records in a file by the names of their jobs, not to be written to; none where there is no file."""
     try:
-        found = json.loads(file.read_text())
+        there = file.stat()
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    return _parsed(file, there.st_ino, there.st_mtime_ns, there.st_size)
+
+
+@lru_cache(maxsize=8)  # the jobs of a point are asked for one after the other
+def _parsed(file: Path, *version: int) -> dict[str, dict[str, Any]]:
+    try:
+        found = json.loads(file.read_text())
     except ValueError:  # not ours, or edited: done again
         return {}
     return found if isinstance(found, dict) else {}

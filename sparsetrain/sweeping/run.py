@@ -13,7 +13,7 @@ from sparsetrain.files import WriteError, write_whole
 from sparsetrain.sweeping.plan import estimates, plan_text
 from sparsetrain.sweeping.points import Point, expand, identity
 from sparsetrain.sweeping.progress import Progress
-from sparsetrain.sweeping.records import LOG, Job, Recorded, digest, jobs, read_record, recorded
+from sparsetrain.sweeping.records import LOG, RECORDS, Job, Recorded, digest, jobs, read_records, recorded
 from sparsetrain.sweeping.rows import point_rows, write_rows
 from sparsetrain.sweeping.sweep_config import ALL, Sweep
 from sparsetrain.sweeping.table import table
@@ -113,7 +113,7 @@ def _make(folder: Path) -> None:
 
 def _there(point: Point) -> dict[str, Any] | None:
     """The identity of the run in a point's directory; None where there is none yet."""
-    if asked := read_record(point.folder / "jobs" / "train.json").get("asked"):
+    if asked := read_records(point.folder / RECORDS).get("train", {}).get("asked"):
         return asked
     file = point.folder / "config.yaml"
     return identity(load_config(RunConfig, [str(file)])) if file.exists() else None
