@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.config import ConfigError, _override, _yaml_leaves, config_from_dict, load_config, option
+from sparsetrain.config import ConfigError, config_from_dict, load_config, option, read_item
 from sparsetrain.prune_config import PruneConfig
 from sparsetrain.task_language import LANGUAGE_GENERATORS
 from sparsetrain.task_probing import PROBING_TASKS
@@ -104,7 +104,7 @@ def read_leaves(arguments: Sequence[str]) -> dict[str, Any]:
     """
     leaves: dict[str, Any] = {}
     for item in arguments:
-        leaves.update(_override(item) if "=" in item else _yaml_leaves(Path(item)))
+        leaves.update(read_item(item))
     return leaves
 
 
