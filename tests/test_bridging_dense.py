@@ -347,6 +347,26 @@ def test_a_model_whose_logits_need_more_than_the_residual_is_refused_by_site(tok
         HfModel(model, tokenizer)
 
 
+class Twofold(torch.nn.Module):
+    """A block whose output needs what entered it beside what its MLP reads."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, *args, **kwargs):
+        return self.block(x, *args, **kwargs) + x.sin()
+
+
+def test_blocks_that_are_not_two_halves_get_a_site_each(tokenizer):
+    model = theirs("gpt2")
+    for l, block in enumerate(model.transformer.h):
+        model.transformer.h[l] = Twofold(block)
+    found = HfModel(model, tokenizer)
+    assert found.sites == ("blocks.0.resid_pre", "blocks.1.resid_pre", "blocks.2.resid_pre", "final_resid")
+    check_hybrid_pass(found)
+
+
 def test_models_without_residual_sites_are_refused(tokenizer):
     model = theirs("gpt2")
     model.config.n_layer = 4
