@@ -337,15 +337,19 @@ def test_the_result_is_complete(found, bridged):
     assert (bridged / "bridges/dense/transfer/single_double_quote/node_masks/transfer.json").exists()
     nodes = ["blocks.0.attn_in:3", "blocks.1.mlp_in:1", "blocks.1.mlp_in:4", "final_resid:9"]
     assert [node["node"] for node in found["nodes"]] == nodes and found["n_nodes"] == 5
-    assert found["one_node"] in nodes and found["not_transferable"] == {}
+    assert found["one_node"]["node"] in nodes and found["not_transferable"] == {}
     assert found["n_prompts"] == 8 and found["strengths"] == pytest.approx([i / 10 for i in range(11)])
+    one = found["one_node"]
+    assert one["random_lowest"] <= one["random_rise"] <= one["random_highest"]
+    assert one["ratio"] == pytest.approx(one["rise"] / one["random_size"])
     assert found["explained_to_dense"].keys() == {"blocks.0.resid_pre", "blocks.1.resid_mid", "final_resid"}
     assert set(found["curves"]) == {"circuit", "probe", "patch", "random"}
     for name, curve in found["curves"].items():
         keys = {"mean", "lowest", "highest"} if name == "random" else {"mean", "se"}
+        n = 3 if name == "random" else 11
         for side in ("both", "to_negative", "to_positive"):
             for measure in ("own", "other", "logit_difference"):
-                assert {k: len(v) for k, v in curve[side][measure].items()} == dict.fromkeys(keys, 11)
+                assert {k: len(v) for k, v in curve[side][measure].items()} == dict.fromkeys(keys, n)
         start = curve["both"]["other"]["mean"][0]
         assert start == pytest.approx(found["curves"]["patch"]["both"]["other"]["mean"][0], rel=1e-4)
     for node in found["nodes"]:

@@ -83,7 +83,7 @@ def defined(base: Tensor) -> tuple[bool, dict[str, Any]]:
 
 def describe(found: dict[str, Any]) -> str:
     """A transfer as a table."""
-    task, ablation, left = found["dense_model"], found["ablation"], found["not_transferable"]
+    task, ablation, left, one = (found[k] for k in ("dense_model", "ablation", "not_transferable", "one_node"))
     lines = [
         f"{found['task']}: {len(found['nodes'])} of the {len(found['nodes']) + len(left)} nodes that read the residual "
         f"stream carried to {found['dense']}",
@@ -91,17 +91,20 @@ def describe(found: dict[str, Any]) -> str:
         f"  its logit difference {task['logit_difference']:.3f} +- {task['logit_difference_se']:.3f}, accuracy "
         f"{task['accuracy']:.1%} of {found['n_prompts']} prompts",
         *_share_lines(found),
-        f"  {'node':28} {'at':20} {'rise of P(other)':>17} {'random':>18} {'ratio':>7} {'probe':>8} {'share':>7}",
+        f"  {'node':28} {'at':20} {'rise of P(other)':>17} {'random':>9} {'probe':>9} {'share':>7}",
     ]
     for node in sorted(found["nodes"], key=lambda n: -n["rise"]):
-        random = f"{node['random_rise']:+.4f} <{node['random_highest']:+.4f}"
-        ratio = "" if node["ratio"] is None else f"{node['ratio']:.1f}"
-        mark = "*" if node["node"] == found["one_node"] else " "
+        mark = "*" if node["node"] == one["node"] else " "
         lines.append(
-            f" {mark}{node['node']:28} {node['dense_read']:20} {node['rise']:+17.4f} {random:>18} {ratio:>7} "
-            f"{node['probe_rise']:+8.4f} {node['share']:+7.3f}"
+            f" {mark}{node['node']:28} {node['dense_read']:20} {node['rise']:+17.4f} {node['random_rise']:+9.4f} "
+            f"{node['probe_rise']:+9.4f} {node['share']:+7.3f}"
         )
-    lines.append("  *: chosen on training prompts; ratio: to the mean size of the random rises")
+    ratio = "not defined" if one["ratio"] is None else f"{one['ratio']:.1f}"
+    lines.append(
+        f"  * {one['node']}, chosen on training prompts: {one['rise']:+.4f}; {found['n_random']} random directions "
+        f"{one['random_rise']:+.4f} ({one['random_lowest']:+.4f} to {one['random_highest']:+.4f}), of mean size "
+        f"{one['random_size']:.4f}: ratio {ratio}"
+    )
     for key, name in (("logit_difference", "logit difference"), ("text_loss", "loss on other text")):
         a = ablation[key]
         lines.append(
