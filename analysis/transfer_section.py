@@ -24,7 +24,8 @@ READING = (
     "lengths and angles; a probe is the difference of the two sides' means in the dense model's own reads, as long at "
     "each token as the circuit's change there. The full patch is all that could be done at these reads; a probe knows "
     "the dense model but not the node, so that it may do less than the circuit or more. The one node was chosen on "
-    "training prompts; its ratio is to the mean size of what random directions do. Bands: one standard "
+    "training prompts (the second, if there is one, among those that are not read by the last norm, where a direction "
+    "acts on the logits directly); its ratio is to the mean size of what random directions do. Bands: one standard "
     "error over prompts, for random directions all draws."
 )
 TABLE_HEAD = (
@@ -65,17 +66,18 @@ def section(found: dict[str, Any], nodes: Sequence[str]) -> str:
 def _tiles(found: dict[str, Any]) -> str:
     tiles = []
     for kind, (words, _) in KINDS.items():
-        share = found["share"] and found["share"][kind]
+        share, inside = (found[scope] and found[scope][kind] for scope in ("share", "share_inside"))
         value = f"{share['value']:.1%}" if share else "not defined"
         spread = f"{share['low']:.1%} to {share['high']:.1%} over pairs" if share else NOT_DEFINED
-        tiles.append((f"Moved by {words.split(',')[0]}", value, spread))
-    one = found["one_node"]
-    ratio = "not defined" if one["ratio"] is None else f"{one['ratio']:.1f} x random"
-    rises = (
-        f"P(other answer) {one['rise']:+.4f}; by random directions {one['random_rise']:+.4f} "
-        f"({one['random_lowest']:+.4f} to {one['random_highest']:+.4f})"
-    )
-    tiles.append((f"One node, {one['node']}", ratio, rises))
+        before = f"; {inside['value']:.1%} before the last norm" if inside else ""
+        tiles.append((f"Moved by {words.split(',')[0]}", value, spread + before))
+    for one in found["one_node"]:
+        ratio = "not defined" if one["ratio"] is None else f"{one['ratio']:.1f} x random"
+        rises = (
+            f"P(other answer) {one['rise']:+.4f}; by random directions {one['random_rise']:+.4f} "
+            f"({one['random_lowest']:+.4f} to {one['random_highest']:+.4f})"
+        )
+        tiles.append((f"One node, {one['node']}", ratio, rises))
     for key, words in (("logit_difference", "Logit difference without them"), ("text_loss", "Loss on other text")):
         a = found["ablation"][key]
         tiles.append((words, f"{a['after']:.3f}", f"before {a['before']:.3f}; random {a['random']['mean']:.3f}; "

@@ -26,8 +26,10 @@ def curve(*keys, n=11):
 
 @pytest.fixture
 def found():
-    node = {"site": "s", "dense_site": "d", "dense_read": "blocks.1.attn_in", "length": 1.5, "change": 0.25,
-            "curve": curve("mean", "se"), "rise": 0.125, "random_rise": 0.0625, "probe_rise": 0.5, "share": 0.375}  # fmt: skip
+    node = {
+        "site": "s", "dense_site": "d", "dense_read": "blocks.1.attn_in", "length": 1.5, "change": 0.25,
+        "curve": curve("mean", "se"), "rise": 0.125, "random_rise": 0.0625, "probe_rise": 0.5, "share": 0.375,
+    }  # fmt: skip
     row = {"before": 4.5, "after": 1.25, "probe": 2.5, "random": {"mean": 4.25, "lowest": 4.125, "highest": 4.375}}
     share = {"value": 0.625, "low": 0.5, "high": 0.75}
     return {
@@ -41,15 +43,16 @@ def found():
                    "random": curve("mean", "lowest", "highest", n=3)},
         "share": {**dict.fromkeys(("circuit", "probe", "patch"), share), "random": share | {"lowest": 0, "highest": 1}},
         "nodes": [node | {"node": name} for name in NODES[:2]],
-        "one_node": {"node": NODES[0], "rise": 0.125, "random_rise": 0.0625, "random_lowest": -0.5,
-                     "random_highest": 0.25, "random_size": 0.0125, "ratio": 10.0},
+        "share_inside": dict.fromkeys(("circuit", "probe", "patch", "random"), share | {"value": 0.3125}),
+        "one_node": [{"node": NODES[0], "rise": 0.125, "random_rise": 0.0625, "random_lowest": -0.5,
+                      "random_highest": 0.25, "random_size": 0.0125, "ratio": 10.0}],
         "ablation": {"n_directions": 2, "n_text_tokens": 4096, "logit_difference": row, "text_loss": row},
     }  # fmt: skip
 
 
 def test_the_section_tells_shares_controls_and_every_direction(found):
     text = section(found, NODES)
-    assert text.count("<strong>62.5%</strong>") == 4 and "50.0% to 75.0% over pairs" in text
+    assert text.count("<strong>62.5%</strong>") == 4 and "50.0% to 75.0% over pairs; 31.2% before the last norm" in text
     assert "<strong>10.0 x random</strong>" in text and "+0.1250; by random directions +0.0625" in text
     rows = re.findall(r"<tr>((?:<td>[^<]*</td>)+)</tr>", text)
     cells = [re.findall(r"<td>([^<]*)</td>", row) for row in rows]
@@ -65,7 +68,9 @@ def test_the_section_tells_shares_controls_and_every_direction(found):
 
 
 def test_what_is_not_defined_or_of_another_circuit_is_said(found):
-    text = section(found | {"share": None, "one_node": found["one_node"] | {"ratio": None}}, NODES[:1])
+    text = section(
+        found | {"share": None, "share_inside": None, "one_node": [found["one_node"][0] | {"ratio": None}]}, NODES[:1]
+    )
     assert NOT_DEFINED in text and text.count("not defined") >= 5
     assert STALE in text
 

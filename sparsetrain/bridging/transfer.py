@@ -195,12 +195,15 @@ def measure(case: Case) -> dict[str, Any]:
         nodes: for each direction where it is, its `length`, the `change` of its node (greatest over tokens, mean over
         prompts), its `curve`, its `share`, and the rise of the other answer's probability at strength 1: `rise`, on
         training prompts (`train_rise`), by random directions, one for each pair (`random_rise`), by a probe.
-        one_node: the node that raises the other answer most on training prompts: its `rise` on held-out ones, that of
-        n_random random directions (mean, lowest, highest, and `random_size`, the mean of its absolute value, so that
-        rises and falls do not cancel out), and the `ratio` of rise to random_size.
+        one_node: the node that raises the other answer most on training prompts, and that of those not read by the
+        last norm: each one's `rise` on held-out prompts, that of n_random random directions (mean, lowest, highest, and
+        `random_size`, the mean of its absolute value, so that rises and falls do not cancel out), and the `ratio` of
+        rise to random_size.
         share: of the change of the logit difference from the prompt to its counterfactual, how much is moved at
         strength 1: `value`, `low`, `high` (95 % by bootstrap over pairs) of `circuit`, `random` (with the `lowest` and
         `highest` of its draws), `probe`, `patch`; None where the dense model cannot do the task.
+        share_inside: the same without what the last norm reads, where a direction acts on the logits directly and the
+        full patch is the counterfactual itself; None where nothing is left.
         ablation: `logit_difference` and `text_loss` (nats per token, of `n_text_tokens` held-out tokens) of the model
         as it is (`before`), without the directions (`after`), without the probe's (`probe`) and as many random ones
         (`random`: mean, lowest, highest).
@@ -214,9 +217,11 @@ def measure(case: Case) -> dict[str, Any]:
             "the dense model must do the task for a share of it to be explained, got a logit difference of %.3f +- "
             "%.3f; the share is not defined", task["logit_difference"], task["logit_difference_se"],
         )  # fmt: skip
-    curves, shares = _together(case, base, target)
+    inside = [d for d in case.found if d.dense_read != "final_in"]
+    curves, shares = _together(case, case.found, base, target)
+    shares_inside = _together(case, inside, base, target, (0, 1), (0, 1))[1] if inside and does_it else None
     nodes = [_node(case, d, base, target) for d in case.found]
-    chosen = max(nodes, key=lambda node: node["train_rise"])
+    chosen = [_best(nodes), _best([node for node in nodes if node["dense_read"] != "final_in"])]
     return {
         "strengths": list(STRENGTHS),
         "random_strengths": list(RANDOM_STRENGTHS),
@@ -226,8 +231,9 @@ def measure(case: Case) -> dict[str, Any]:
         "dense_model": task,
         "curves": curves,
         "share": shares if does_it else None,
+        "share_inside": shares_inside,
         "nodes": nodes,
-        "one_node": _one(case, chosen, base),
+        "one_node": [_one(case, node, base) for i, node in enumerate(chosen) if node and node not in chosen[:i]],
         "ablation": _ablation(case),
     }
 
@@ -242,19 +248,23 @@ def _probes(case: Case, found: list[Direction]) -> dict[str, Tensor]:
     return steering.probes(steering.along(found, moved), prompts)
 
 
-def _together(case: Case, base: Tensor, target: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Curves and shares of all directions at once, and of what they are held against."""
+def _together(
+    case: Case, found: list[Direction], base: Tensor, target: Tensor,
+    strengths: Sequence[float] = STRENGTHS, random_strengths: Sequence[float] = RANDOM_STRENGTHS,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Curves and shares of several directions at once, and of what they are held against."""
     prompts, moved = case.heldout
-    pushes = steering.along(case.found, moved)
-    swept = {
-        "circuit": _swept(case, pushes, base),
-        "probe": _swept(case, steering.along_probe(pushes, prompts, _probes(case, case.found)), base),
-        "patch": _swept(case, steering.patch(prompts, list(pushes)), base),
+    pushes = steering.along(found, moved)
+    kinds = {
+        "circuit": pushes,
+        "probe": steering.along_probe(pushes, prompts, _probes(case, found)),
+        "patch": steering.patch(prompts, list(pushes)),
     }
-    random = [steering.along_random(case.found, moved, case.generator(i)) for i in range(case.n_random)]
-    draws = torch.stack([_swept(case, drawn, base, RANDOM_STRENGTHS) for drawn in random])  # (R, S, N, 3)
-    curves = {name: curve(found) for name, found in swept.items()}
-    shares = {name: share(found[-1], base, target) for name, found in swept.items()}
+    swept = {name: _swept(case, kind, base, strengths) for name, kind in kinds.items()}
+    random = [steering.along_random(found, moved, case.generator(i)) for i in range(case.n_random)]
+    draws = torch.stack([_swept(case, drawn, base, random_strengths) for drawn in random])  # (R, S, N, 3)
+    curves = {name: curve(answers) for name, answers in swept.items()}
+    shares = {name: share(answers[-1], base, target) for name, answers in swept.items()}
     each = [share(draw[-1], base, target)["value"] for draw in draws]
     shares["random"] = share(draws[:, -1].mean(0), base, target) | {"lowest": min(each), "highest": max(each)}
     return {**curves, "random": draws_curve(draws)}, shares
@@ -278,6 +288,11 @@ def _node(case: Case, direction: Direction, base: Tensor, target: Tensor) -> dic
         "share": share(swept[-1], base, target)["value"],
         "train_rise": rise(on_train, case.train_base),
     }  # fmt: skip
+
+
+def _best(nodes: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The node that raises the other answer most on training prompts."""
+    return max(nodes, key=lambda node: node["train_rise"], default=None)
 
 
 def _one(case: Case, node: dict[str, Any], base: Tensor) -> dict[str, Any]:

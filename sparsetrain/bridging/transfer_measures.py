@@ -83,7 +83,8 @@ def defined(base: Tensor) -> tuple[bool, dict[str, Any]]:
 
 def describe(found: dict[str, Any]) -> str:
     """A transfer as a table."""
-    task, ablation, left, one = (found[k] for k in ("dense_model", "ablation", "not_transferable", "one_node"))
+    task, ablation, left = found["dense_model"], found["ablation"], found["not_transferable"]
+    best = [one["node"] for one in found["one_node"]]
     lines = [
         f"{found['task']}: {len(found['nodes'])} of the {len(found['nodes']) + len(left)} nodes that read the residual "
         f"stream carried to {found['dense']}",
@@ -94,17 +95,18 @@ def describe(found: dict[str, Any]) -> str:
         f"  {'node':28} {'at':20} {'rise of P(other)':>17} {'random':>9} {'probe':>9} {'share':>7}",
     ]
     for node in sorted(found["nodes"], key=lambda n: -n["rise"]):
-        mark = "*" if node["node"] == one["node"] else " "
+        mark = "*" if node["node"] in best else " "
         lines.append(
             f" {mark}{node['node']:28} {node['dense_read']:20} {node['rise']:+17.4f} {node['random_rise']:+9.4f} "
             f"{node['probe_rise']:+9.4f} {node['share']:+7.3f}"
         )
-    ratio = "not defined" if one["ratio"] is None else f"{one['ratio']:.1f}"
-    lines.append(
-        f"  * {one['node']}, chosen on training prompts: {one['rise']:+.4f}; {found['n_random']} random directions "
-        f"{one['random_rise']:+.4f} ({one['random_lowest']:+.4f} to {one['random_highest']:+.4f}), of mean size "
-        f"{one['random_size']:.4f}: ratio {ratio}"
-    )
+    for one in found["one_node"]:
+        ratio = "not defined" if one["ratio"] is None else f"{one['ratio']:.1f}"
+        lines.append(
+            f"  * {one['node']}, chosen on training prompts: {one['rise']:+.4f}; {found['n_random']} random directions "
+            f"{one['random_rise']:+.4f} ({one['random_lowest']:+.4f} to {one['random_highest']:+.4f}), of mean size "
+            f"{one['random_size']:.4f}: ratio {ratio}"
+        )
     for key, name in (("logit_difference", "logit difference"), ("text_loss", "loss on other text")):
         a = ablation[key]
         lines.append(
@@ -120,9 +122,11 @@ def _share_lines(found: dict[str, Any]) -> list[str]:
         return ["  share of its logit difference that is moved: not defined, since it does not do the task"]
     names = {"circuit": "the circuit's directions", "random": "random directions", "probe": "probes of the dense model",
              "patch": "its own reads of the counterfactual"}  # fmt: skip
-    rows = [
-        f"    {words:36} {s['value']:+.3f}  ({s['low']:+.3f} to {s['high']:+.3f})"
-        for key, words in names.items()
-        for s in [found["share"][key]]
-    ]
-    return ["  share of the change of its logit difference that is moved, at strength 1 (95 % over pairs)", *rows]
+    scopes = {"share": "at strength 1 (95 % over pairs)", "share_inside": "the same without what the last norm reads"}
+    lines = ["  share of the change of its logit difference that is moved"]
+    for scope in scopes:
+        if found[scope]:
+            lines.append(f"   {scopes[scope]}")
+            shares = {words: found[scope][key] for key, words in names.items()}
+            lines += [f"    {w:36} {s['value']:+.3f}  ({s['low']:+.3f} to {s['high']:+.3f})" for w, s in shares.items()]
+    return lines
