@@ -23,12 +23,14 @@ READING = (
     "prompt to its counterfactual, times the node's direction in the dense model. Random directions have the same "
     "lengths and angles; a probe is the difference of the two sides' means in the dense model's own reads, as long at "
     "each token as the circuit's change there. The full patch is all that could be done at these reads; a probe knows "
-    "the dense model but not the node, so that it may do less than the circuit or more. Bands and whiskers: one "
-    "standard error over prompts, for random directions all draws."
+    "the dense model but not the node, so that it may do less than the circuit or more. The one node was chosen on "
+    "training prompts (the second, if there is one, among those that are not read by the last norm, where a direction "
+    "acts on the logits directly); its ratio is to the mean size of what random directions do. Bands: one standard "
+    "error over prompts, for random directions all draws."
 )
 TABLE_HEAD = (
     "node", "carried to", "variance explained there", "length", "greatest change of the node",
-    "rise of P(other answer)", "by random directions", "rise over random", "by a probe", "share moved",
+    "rise of P(other answer)", "by random directions", "by a probe", "share moved",
 )  # fmt: skip
 
 
@@ -64,16 +66,18 @@ def section(found: dict[str, Any], nodes: Sequence[str]) -> str:
 def _tiles(found: dict[str, Any]) -> str:
     tiles = []
     for kind, (words, _) in KINDS.items():
-        share = found["share"] and found["share"][kind]
+        share, inside = (found[scope] and found[scope][kind] for scope in ("share", "share_inside"))
         value = f"{share['value']:.1%}" if share else "not defined"
         spread = f"{share['low']:.1%} to {share['high']:.1%} over pairs" if share else NOT_DEFINED
-        tiles.append((f"Moved by {words.split(',')[0]}", value, spread))
-    node = next(node for node in found["nodes"] if node["node"] == found["one_node"])
-    ratio = "not defined" if node["ratio"] is None else f"{node['ratio']:.1f} x random"
-    rises = (
-        f"P(other answer) {_start(node):.4f} to {_start(node) + node['rise']:.4f}; random {node['random_rise']:+.4f}"
-    )
-    tiles.append((f"One node, {node['node']}", ratio, rises))
+        before = f"; {inside['value']:.1%} before the last norm" if inside else ""
+        tiles.append((f"Moved by {words.split(',')[0]}", value, spread + before))
+    for one in found["one_node"]:
+        ratio = "not defined" if one["ratio"] is None else f"{one['ratio']:.1f} x random"
+        rises = (
+            f"P(other answer) {one['rise']:+.4f}; by random directions {one['random_rise']:+.4f} "
+            f"({one['random_lowest']:+.4f} to {one['random_highest']:+.4f})"
+        )
+        tiles.append((f"One node, {one['node']}", ratio, rises))
     for key, words in (("logit_difference", "Logit difference without them"), ("text_loss", "Loss on other text")):
         a = found["ablation"][key]
         tiles.append((words, f"{a['after']:.3f}", f"before {a['before']:.3f}; random {a['random']['mean']:.3f}; "
@@ -84,10 +88,6 @@ def _tiles(found: dict[str, Any]) -> str:
 def _tile(label: str, value: str, control: str) -> str:
     shown = (html.escape(text) for text in (label, value, control))
     return '<div class="tile"><b>{}</b><strong>{}</strong><small>{}</small></div>'.format(*shown)
-
-
-def _start(node: Mapping[str, Any]) -> float:
-    return node["curve"]["both"]["other"]["mean"][0]
 
 
 def _together(found: dict[str, Any]) -> str:
@@ -101,9 +101,11 @@ def _together(found: dict[str, Any]) -> str:
     charts = []
     for side, measure, title in panels:
         lines = [
-            Line(words, colour, *_band(found["curves"][kind][side][measure])) for kind, (words, colour) in KINDS.items()
+            Line(words, colour, x, *_band(found["curves"][kind][side][measure]))
+            for kind, (words, colour) in KINDS.items()
+            for x in [found["random_strengths" if kind == "random" else "strengths"]]
         ]
-        charts.append(chart(title, found["strengths"], lines, 330, 220, "strength"))
+        charts.append(chart(title, lines, 330, 220, "strength"))
     legend = "".join(
         f'<span class="key" style="border-color:{colour}"></span>{words} ' for words, colour in KINDS.values()
     )
@@ -127,12 +129,12 @@ def _alone(found: dict[str, Any]) -> str:
     charts = []
     for node in ordered:
         lines = [
-            Line(words, colour, *_band(node["curve"][side]["other"]))
+            Line(words, colour, found["strengths"], *_band(node["curve"][side]["other"]))
             for side, words, colour in (
                 ("to_negative", "positive prompts", "#2f6fb5"), ("to_positive", "negative prompts", "#c8472f"),
             )
         ]  # fmt: skip
-        charts.append(chart(node["node"], found["strengths"], lines, 210, 130, "", top))
+        charts.append(chart(node["node"], lines, 210, 130, "", top))
     more = f" The {CHARTS} that do most of {len(found['nodes'])}." if len(found["nodes"]) > CHARTS else ""
     legend = '<span class="key positive"></span>positive prompts <span class="key negative"></span>negative prompts'
     return (
@@ -144,11 +146,10 @@ def _alone(found: dict[str, Any]) -> str:
 def _table(found: dict[str, Any]) -> str:
     rows = []
     for node in sorted(found["nodes"], key=lambda n: -n["rise"]):
-        random = f"{node['random_rise']:+.4f} (at most {node['random_highest']:+.4f})"
         cells = (
             node["node"], node["dense_read"], f"{found['explained_to_dense'][node['site']]:.2f}",
-            f"{node['length']:.3g}", f"{node['change']:.3g}", f"{node['rise']:+.4f}", random,
-            "" if node["ratio"] is None else f"{node['ratio']:.1f}", f"{node['probe_rise']:+.4f}",
+            f"{node['length']:.3g}", f"{node['change']:.3g}", f"{node['rise']:+.4f}",
+            f"{node['random_rise']:+.4f}", f"{node['probe_rise']:+.4f}",
             f"{node['share']:+.3f}" if found["share"] else "",
         )  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")

@@ -5,6 +5,7 @@ runs/<name>/bridges/<bridge>/transfer/<task>/<circuit>/transfer.json
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = "sparsetrain-transfer-1"
 STRENGTHS = tuple(i / 10 for i in range(11))
+RANDOM_STRENGTHS = (0.0, 0.5, 1.0)  # each costs a pass for each draw
 N_TOKENS = 4096  # of training text for means and scales, and of held-out text for the loss
 
 
@@ -46,6 +48,7 @@ class Case:
         heldout, train: prompts of the task, and on them the changes (N, T) of the nodes by name.
         means: of the dense model's reads (D,), on training text.
         text: held-out batches of tokens and targets.
+        train_base: answers (N, 3) on training prompts.
         n_random, seed: draws of random directions.
     """
 
@@ -55,6 +58,7 @@ class Case:
     train: tuple[Prompts, dict[str, Tensor]]
     means: dict[str, Tensor]
     text: list[tuple[Tensor, Tensor]]
+    train_base: Tensor
     n_random: int
     seed: int
 
@@ -64,7 +68,7 @@ class Case:
 
 def transfer(
     run: str | Path, task: str, circuit: str = "node_masks", bridge: str = "dense",
-    device: str | torch.device = "cpu", n_pairs: int = 64, n_random: int = 20,
+    device: str | torch.device = "cpu", n_pairs: int = 32, n_random: int = 20,
 ) -> Path:  # fmt: skip
     """Carry a circuit to the dense model of a bridge, and measure what it does there.
 
@@ -170,7 +174,7 @@ def _case(
     batches = evaluation_batches(corpus.tokens("val"), -(-N_TOKENS // (size * n_ctx)), size, n_ctx, config.train.stride)
     text = [(x.to(reference.device), y.to(reference.device)) for x, y in batches]
     means = {name: seen[name].flatten(0, -2).mean(0) for name in names}
-    return Case(dense, found, heldout, train, means, text, n_random, seed)
+    return Case(dense, found, heldout, train, means, text, steering.plain(dense, parts[1]), n_random, seed)
 
 
 def _explained(folder: Path, bridge: Bridge, found: list[Direction]) -> dict[str, float]:
@@ -183,19 +187,23 @@ def measure(case: Case) -> dict[str, Any]:
     """Steer and ablate the dense model.
 
     Returns:
-        strengths; n_prompts, n_random; alignment: `all tokens`, or `last token` where the prompts of pairs differ in
-        length.
+        strengths, random_strengths; n_prompts, n_random; alignment: `all tokens`, or `last token` where the prompts of
+        pairs differ in length.
         dense_model: its logit difference (right minus wrong answer; mean and standard error over pairs), accuracy,
         and `does_the_task`: whether that is clearly above zero.
         curves: of `circuit` (all directions together), `probe`, `patch` and `random`; see `transfer_measures`.
         nodes: for each direction where it is, its `length`, the `change` of its node (greatest over tokens, mean over
-        prompts), its `curve`, and at strength 1 the rise of the other answer's probability: its own `rise`, of random
-        directions (`random_rise`, `random_size`: mean of the rise and of its absolute value over draws,
-        `random_highest`), of the probe (`probe_rise`); `ratio`: rise over random_size.
-        one_node: the node that raises the other answer most on training prompts.
+        prompts), its `curve`, its `share`, and the rise of the other answer's probability at strength 1: `rise`, on
+        training prompts (`train_rise`), by random directions, one for each pair (`random_rise`), by a probe.
+        one_node: the node that raises the other answer most on training prompts, and that of those not read by the
+        last norm: each one's `rise` on held-out prompts, that of n_random random directions (mean, lowest, highest, and
+        `random_size`, the mean of its absolute value, so that rises and falls do not cancel out), and the `ratio` of
+        rise to random_size.
         share: of the change of the logit difference from the prompt to its counterfactual, how much is moved at
         strength 1: `value`, `low`, `high` (95 % by bootstrap over pairs) of `circuit`, `random` (with the `lowest` and
         `highest` of its draws), `probe`, `patch`; None where the dense model cannot do the task.
+        share_inside: the same without what the last norm reads, where a direction acts on the logits directly and the
+        full patch is the counterfactual itself; None where nothing is left.
         ablation: `logit_difference` and `text_loss` (nats per token, of `n_text_tokens` held-out tokens) of the model
         as it is (`before`), without the directions (`after`), without the probe's (`probe`) and as many random ones
         (`random`: mean, lowest, highest).
@@ -209,26 +217,30 @@ def measure(case: Case) -> dict[str, Any]:
             "the dense model must do the task for a share of it to be explained, got a logit difference of %.3f +- "
             "%.3f; the share is not defined", task["logit_difference"], task["logit_difference_se"],
         )  # fmt: skip
-    curves, shares = _together(case, base, target)
+    inside = [d for d in case.found if d.dense_read != "final_in"]
+    curves, shares = _together(case, case.found, base, target)
+    shares_inside = _together(case, inside, base, target, (0, 1), (0, 1))[1] if inside and does_it else None
     nodes = [_node(case, d, base, target) for d in case.found]
-    chosen = max(nodes, key=lambda node: node.pop("train_rise"))
+    chosen = [_best(nodes), _best([node for node in nodes if node["dense_read"] != "final_in"])]
     return {
         "strengths": list(STRENGTHS),
+        "random_strengths": list(RANDOM_STRENGTHS),
         "n_prompts": len(prompts.data),
         "n_random": case.n_random,
         "alignment": "all tokens" if prompts.everywhere else "last token",
         "dense_model": task,
         "curves": curves,
         "share": shares if does_it else None,
+        "share_inside": shares_inside,
         "nodes": nodes,
-        "one_node": chosen["node"],
+        "one_node": [_one(case, node, base) for i, node in enumerate(chosen) if node and node not in chosen[:i]],
         "ablation": _ablation(case),
     }
 
 
-def _swept(case: Case, pushes: Pushes) -> Tensor:
-    """Answers (S, N, 3) on held-out prompts at each strength."""
-    return torch.stack([steering.steer(case.dense, case.heldout[0], pushes, s) for s in STRENGTHS])
+def _swept(case: Case, pushes: Pushes, base: Tensor, strengths: Sequence[float] = STRENGTHS) -> Tensor:
+    """Answers (S, N, 3) on held-out prompts at each strength; those at the first, 0, are `base`."""
+    return torch.stack([base, *(steering.steer(case.dense, case.heldout[0], pushes, s) for s in strengths[1:])])
 
 
 def _probes(case: Case, found: list[Direction]) -> dict[str, Tensor]:
@@ -236,23 +248,26 @@ def _probes(case: Case, found: list[Direction]) -> dict[str, Tensor]:
     return steering.probes(steering.along(found, moved), prompts)
 
 
-def _together(case: Case, base: Tensor, target: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Curves and shares of all directions at once, and of what they are held against."""
+def _together(
+    case: Case, found: list[Direction], base: Tensor, target: Tensor,
+    strengths: Sequence[float] = STRENGTHS, random_strengths: Sequence[float] = RANDOM_STRENGTHS,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Curves and shares of several directions at once, and of what they are held against."""
     prompts, moved = case.heldout
-    pushes = steering.along(case.found, moved)
-    swept = {
-        "circuit": _swept(case, pushes),
-        "probe": _swept(case, steering.along_probe(pushes, prompts, _probes(case, case.found))),
-        "patch": _swept(case, steering.patch(prompts, list(pushes))),
+    pushes = steering.along(found, moved)
+    kinds = {
+        "circuit": pushes,
+        "probe": steering.along_probe(pushes, prompts, _probes(case, found)),
+        "patch": steering.patch(prompts, list(pushes)),
     }
-    draws = torch.stack(
-        [_swept(case, steering.along_random(case.found, moved, case.generator(i))) for i in range(case.n_random)]
-    )  # (R, S, N, 3)
-    curves = {name: curve(found) for name, found in swept.items()}
-    shares = {name: share(found[-1], base, target) for name, found in swept.items()}
+    swept = {name: _swept(case, kind, base, strengths) for name, kind in kinds.items()}
+    random = [steering.along_random(found, moved, case.generator(i)) for i in range(case.n_random)]
+    draws = torch.stack([_swept(case, drawn, base, random_strengths) for drawn in random])  # (R, S, N, 3)
+    curves = {name: curve(answers) for name, answers in swept.items()}
+    shares = {name: share(answers[-1], base, target) for name, answers in swept.items()}
     each = [share(draw[-1], base, target)["value"] for draw in draws]
-    random = share(draws[:, -1].mean(0), base, target) | {"lowest": min(each), "highest": max(each)}
-    return {**curves, "random": draws_curve(draws)}, {**shares, "random": random}
+    shares["random"] = share(draws[:, -1].mean(0), base, target) | {"lowest": min(each), "highest": max(each)}
+    return {**curves, "random": draws_curve(draws)}, shares
 
 
 def _node(case: Case, direction: Direction, base: Tensor, target: Tensor) -> dict[str, Any]:
@@ -260,25 +275,36 @@ def _node(case: Case, direction: Direction, base: Tensor, target: Tensor) -> dic
     (prompts, moved), (train, train_moved) = case.heldout, case.train
     only = [direction]
     pushes = steering.along(only, moved)
-    swept = _swept(case, pushes)
+    swept = _swept(case, pushes, base)
     probe = steering.steer(case.dense, prompts, steering.along_probe(pushes, prompts, _probes(case, only)), 1)
-    draws = [
-        rise(steering.steer(case.dense, prompts, steering.along_random(only, moved, case.generator(i)), 1), base)
-        for i in range(case.n_random)
-    ]
+    random = steering.steer(case.dense, prompts, steering.along_own_random(direction, moved, case.generator(0)), 1)
     on_train = steering.steer(case.dense, train, steering.along(only, train_moved), 1)
-    size = sum(map(abs, draws)) / len(draws)
     return {
         "node": direction.node, "site": direction.site, "dense_site": direction.dense_site,
         "dense_read": direction.dense_read, "length": direction.vector.norm().item(),
         "change": moved[direction.node].abs().amax(1).mean().item(),
         "curve": curve(swept),
-        "rise": rise(swept[-1], base),
-        "random_rise": sum(draws) / len(draws), "random_size": size, "random_highest": max(draws),
-        "probe_rise": rise(probe, base),
-        "ratio": rise(swept[-1], base) / size if size else None,
+        "rise": rise(swept[-1], base), "random_rise": rise(random, base), "probe_rise": rise(probe, base),
         "share": share(swept[-1], base, target)["value"],
-        "train_rise": rise(on_train, steering.plain(case.dense, train.data)),
+        "train_rise": rise(on_train, case.train_base),
+    }  # fmt: skip
+
+
+def _best(nodes: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The node that raises the other answer most on training prompts."""
+    return max(nodes, key=lambda node: node["train_rise"], default=None)
+
+
+def _one(case: Case, node: dict[str, Any], base: Tensor) -> dict[str, Any]:
+    """A node's rise beside that of random directions on all prompts."""
+    prompts, moved = case.heldout
+    only = [direction for direction in case.found if direction.node == node["node"]]
+    random = [steering.along_random(only, moved, case.generator(i)) for i in range(case.n_random)]
+    rises = [rise(steering.steer(case.dense, prompts, drawn, 1), base) for drawn in random]
+    size = sum(map(abs, rises)) / len(rises)
+    return {
+        "node": node["node"], "rise": node["rise"], "random_rise": sum(rises) / len(rises), "random_lowest": min(rises),
+        "random_highest": max(rises), "random_size": size, "ratio": node["rise"] / size if size else None,
     }  # fmt: skip
 
 
