@@ -255,13 +255,18 @@ def test_a_picture_has_every_node_and_wires_as_thick_as_weights():
     run = Run(CROSSED, [0])
     drawn = ElementTree.fromstring(bimt.picture(run))
     tags = [element.tag.split("}")[1] for element in drawn.iter()]
-    assert tags.count("circle") == 3 * 20 and tags.count("text") == 3
-    layer = [(torch.tensor([[1.0, -0.5], [0.01, 0.0]]).numpy(), *([torch.tensor([[0.25], [0.75]]).numpy()] * 2))]
-    lines = [e for e in ElementTree.fromstring(bimt_picture.draw({"one": layer})).iter() if e.tag.endswith("line")]
+    assert tags.count("circle") == 3 * 20 and tags.count("text") == 3 * (1 + 4 + 4)
+    moved, still = torch.tensor([[0.75], [0.25]]).numpy(), torch.tensor([[0.25], [0.75]]).numpy()
+    layer = [(torch.tensor([[1.0, -0.5], [0.01, 0.0]]).numpy(), moved, still)]
+    elements = list(ElementTree.fromstring(bimt_picture.draw({"one": layer})).iter())
+    lines = [e for e in elements if e.tag.endswith("line")]
+    assert [(e.text, e.get("x")) for e in elements if e.tag.endswith("text")] == [
+        ("one", "0"), ("1", "75.0"), ("2", "225.0"), ("1", "225.0"), ("2", "75.0"),
+    ]  # fmt: skip
     assert [(e.get("stroke-width"), e.get("stroke")) for e in lines] == [
         ("2.00", bimt_picture.POSITIVE), ("1.00", bimt_picture.NEGATIVE),
     ]  # fmt: skip
-    assert [(e.get("x1"), e.get("x2")) for e in lines] == [("75.0", "75.0"), ("225.0", "75.0")]
+    assert [(e.get("x1"), e.get("x2")) for e in lines] == [("75.0", "225.0"), ("225.0", "225.0")]
 
 
 def test_the_report_says_where_ours_is_worse():
