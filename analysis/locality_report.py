@@ -1,6 +1,7 @@
 """What `sparsetrain locality` finds out about a run: measures of its layout and of its circuits, beside their nulls."""
 
 import json
+import logging
 import statistics
 import time
 from itertools import combinations
@@ -19,6 +20,8 @@ from sparsetrain.locality.modularity import modularity_measures
 from sparsetrain.locality.positions import Layout, LocalityError, identity
 from sparsetrain.locality.run import LaidOutRun, open_run
 from sparsetrain.pruning.circuit import Circuit, CircuitError, load_circuit
+
+log = logging.getLogger(__name__)
 
 N_SHUFFLES = 3  # of the null of lengths; modularity has its own
 N_CLUSTERS = 8
@@ -58,7 +61,7 @@ def write_report(run: str | Path, circuits: dict[str, Circuit], named: bool) -> 
     found, shown = measure(laid, circuits, named)
     with whole_folder(Path(run) / "locality") as folder:
         write_json(folder / "measures.json", found)
-        if laid.trained is None:
+        if laid.kept is None:
             save_sparse(folder / "layout.safetensors", laid.afterwards.tensors())
         write_sheet(folder / "sheet.html", laid, found, shown)
     return found
@@ -92,18 +95,21 @@ def measure(laid: LaidOutRun, circuits: dict[str, Circuit], named: bool) -> tupl
     """All measures of a run as plain values, and the circuits that could be measured.
 
     Returns:
-        `run`, `sheet`, `layout` (`trained` or `afterwards`), `n_edges`; `length`, see `length_measures`; `relayout`,
+        `run`, `sheet`, `layout` (`kept` or `afterwards`), `n_edges`; `length`, see `length_measures`; `relayout`,
         of a layout found afterwards; `index_order`, of nodes in the order of their indices; `modularity`, see there;
         `clusterability` and `block_fill`, in index order and in the layout; `circuits` by name; `overlaps` of each two;
         `skipped`, circuits by name with the reason; `discovery`, the measures of Nainani 2024 with their sources.
     """
-    edges, layout, by_index = laid.edges, laid.layout, identity(laid.plan)
+    edges, by_index = laid.edges, identity(laid.plan)
+    log.info("laying out %d edges, and %d shuffles of them", sum(map(len, edges)), N_SHUFFLES)
+    layout = laid.layout
     length = length_measures(edges, layout, range(N_SHUFFLES))
     null = float(np.mean(length["null"]))
+    log.info("communities, and those of shuffled edges")
     found = {
         "run": laid.folder.resolve().name,
         "sheet": laid.plan.sheet,
-        "layout": "afterwards" if laid.trained is None else "trained",
+        "layout": "afterwards" if laid.kept is None else "kept",
         "n_edges": sum(map(len, edges)),
         "length": length,
         "relayout": _lengths(laid, laid.afterwards, null),
@@ -118,6 +124,7 @@ def measure(laid: LaidOutRun, circuits: dict[str, Circuit], named: bool) -> tupl
             **{name: block_fill(edges, x, BLOCK, FULLEST) for name, x in (("index", by_index), ("layout", layout))},
         },
     }  # fmt: skip
+    log.info("%d circuits", len(circuits))
     measured, skipped = _circuits(laid, circuits, named)
     shown = {name: circuits[name] for name in measured}
     found |= {"circuits": measured, "overlaps": _overlaps(laid, shown), "skipped": skipped}

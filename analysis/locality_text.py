@@ -8,7 +8,7 @@ import numpy as np
 Found = Mapping[str, Any]  # what `locality_report.measure` gives
 Table = tuple[Sequence[str], list[Sequence[str]]]  # heads, rows
 
-LAYOUTS = {"trained": "the layout it was trained with", "afterwards": "laid out after the fact"}
+LAYOUTS = {"kept": "the layout kept with the model", "afterwards": "laid out after the fact"}
 
 
 def reading(found: Found) -> str:
@@ -20,9 +20,9 @@ def reading(found: Found) -> str:
             "here beyond the degrees, however short the picture looks."
         )
     return (
-        f"Laid out, the wires are {1 - length['ratio']:.1%} shorter than those of shuffled models with the same degrees "
-        f"in layouts of their own; those are {1 - 1 / index['ratio']:.1%} shorter than the wires here in index order, "
-        "which is what degrees alone give."
+        f"The wires are {1 - length['ratio']:.1%} shorter than those of shuffled models with the same degrees, laid out "
+        f"too. Those are {1 - 1 / index['ratio']:.1%} shorter than the wires here in index order: so much is due to the "
+        "degrees alone."
     )
 
 
@@ -41,7 +41,7 @@ def _length_rows(found: Found) -> list[Sequence[str]]:
         ("  all wires counted alike", f"{length['count_length']:.4f}", f"in index order {index['count_length']:.4f}"),
         ("  in index order", f"{index['length']:.4f}", f"ratio {index['ratio']:.3f}"),
     ]
-    if found["layout"] == "trained":
+    if found["layout"] == "kept":
         rows.append(("  laid out after the fact", f"{after['length']:.4f}", f"ratio {after['ratio']:.3f}"))
     (short, more), *others = length["longer"].items()
     beside = ", ".join(f"than {limit}: {share:.1%}" for limit, share in others)

@@ -1,4 +1,4 @@
-"""A run with its layout: the one it was trained with, and one found afterwards; and a copy with permuted weights."""
+"""A run with its layout: the one kept with its model, and one found afterwards; and a copy with permuted weights."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ class LaidOutRun:
         model, tokenizer, config: as `checkpoint.load_run` gives them.
         edges: the nonzeros of the tensors that are projected in training.
         plan: the nodes; its sheet and whether tokens have places are those of the run's config.
-        trained: the layout that the run was trained with; None for a run without locality.
+        kept: the layout in the files of the model: the one that it was trained with, or exported by; or None.
     """
 
     folder: Path
@@ -37,7 +37,7 @@ class LaidOutRun:
     config: RunConfig
     edges: Edges
     plan: Plan
-    trained: Layout | None
+    kept: Layout | None
 
     @cached_property
     def afterwards(self) -> Layout:
@@ -46,12 +46,12 @@ class LaidOutRun:
 
     @property
     def layout(self) -> Layout:
-        """The layout of the run: the trained one, or else the one found afterwards."""
-        return self.trained or self.afterwards
+        """The kept layout, or else the one found afterwards."""
+        return self.kept or self.afterwards
 
 
 def open_run(run: str | Path) -> LaidOutRun:
-    """Read a run's model, and the layout that it was trained with.
+    """Read a run's model, and the layout that was kept with it.
 
     Args:
         run: a run directory, or a `model` folder copied out of one.
@@ -62,8 +62,8 @@ def open_run(run: str | Path) -> LaidOutRun:
     """
     model, tokenizer, config = checkpoint.load_run(run)
     wiring = Wiring(config.locality, model, projected(model, config.sparsity), config.run.seed)
-    trained = _trained_layout(Path(run), wiring.plan)
-    return LaidOutRun(Path(run), model, tokenizer, config, wiring.edges(), wiring.plan, trained)
+    kept = _kept_layout(Path(run), wiring.plan)
+    return LaidOutRun(Path(run), model, tokenizer, config, wiring.edges(), wiring.plan, kept)
 
 
 def export_run(run: str | Path, folder: str | Path) -> Path:
@@ -104,7 +104,7 @@ def _root(run: Path) -> Path:
     return run / "model" if (run / "model").is_dir() else run
 
 
-def _trained_layout(run: Path, plan: Plan) -> Layout | None:
+def _kept_layout(run: Path, plan: Plan) -> Layout | None:
     """From the finished model, or from the newest checkpoint of a run that is not done."""
     places = [_root(run), checkpoint.latest_checkpoint(run)]
     file = next((f for p in places if p and (f := p / "layout.safetensors").exists()), None)
