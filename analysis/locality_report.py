@@ -101,8 +101,12 @@ def measure(laid: LaidOutRun, circuits: dict[str, Circuit], named: bool) -> tupl
         `skipped`, circuits by name with the reason; `discovery`, the measures of Nainani 2024 with their sources.
     """
     edges, by_index = laid.edges, identity(laid.plan)
-    log.info("laying out %d edges, and %d shuffles of them", sum(map(len, edges)), N_SHUFFLES)
+    n_edges = sum(map(len, edges))
+    log.info("laying out %d edges", n_edges)
     layout = laid.layout
+    measured, skipped = _circuits(laid, circuits, named)  # first: what was named may be an error
+    shown = {name: circuits[name] for name in measured}
+    log.info("laying out %d shuffles of them", N_SHUFFLES)
     length = length_measures(edges, layout, range(N_SHUFFLES))
     null = float(np.mean(length["null"]))
     log.info("communities, and those of shuffled edges")
@@ -110,7 +114,7 @@ def measure(laid: LaidOutRun, circuits: dict[str, Circuit], named: bool) -> tupl
         "run": laid.folder.resolve().name,
         "sheet": laid.plan.sheet,
         "layout": "afterwards" if laid.kept is None else "kept",
-        "n_edges": sum(map(len, edges)),
+        "n_edges": n_edges,
         "length": length,
         "relayout": _lengths(laid, laid.afterwards, null),
         "index_order": _lengths(laid, by_index, null),
@@ -124,9 +128,6 @@ def measure(laid: LaidOutRun, circuits: dict[str, Circuit], named: bool) -> tupl
             **{name: block_fill(edges, x, BLOCK, FULLEST) for name, x in (("index", by_index), ("layout", layout))},
         },
     }  # fmt: skip
-    log.info("%d circuits", len(circuits))
-    measured, skipped = _circuits(laid, circuits, named)
-    shown = {name: circuits[name] for name in measured}
     found |= {"circuits": measured, "overlaps": _overlaps(laid, shown), "skipped": skipped}
     found["discovery"] = {"run": _run_costs(laid), "circuits": {n: _costs(c, measured[n]) for n, c in shown.items()},
                           "sources": SOURCES}  # fmt: skip

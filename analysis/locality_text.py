@@ -21,8 +21,7 @@ def reading(found: Found) -> str:
         )
     return (
         f"The wires are {1 - length['ratio']:.1%} shorter than those of shuffled models with the same degrees, laid out "
-        f"too. Those are {1 - 1 / index['ratio']:.1%} shorter than the wires here in index order: so much is due to the "
-        "degrees alone."
+        f"too. Of those, {1 - 1 / index['ratio']:.1%} below the wires here in index order, the degrees are the reason."
     )
 
 

@@ -81,7 +81,7 @@ def test_a_square_is_drawn_as_a_plane():
     assert found[:, 0] == pytest.approx(x + SHEAR * (1 - back))
     assert found[:, 1] == pytest.approx(rows["residual@1"].y + TILT * (back - 0.5))
     heights = [r.y for r in rows.values()]
-    assert TILT < min(np.diff(heights)), "planes do not lie on each other"
+    assert min(np.diff(heights)) > TILT, "planes do not lie on each other"
 
 
 @pytest.mark.parametrize("sheet", [1, 2])
