@@ -19,9 +19,10 @@ def reading(found: Found) -> str:
             "Shuffled models with the same degrees have wires as short once they are laid out: there is nothing local "
             "here beyond the degrees, however short the picture looks."
         )
+    shorter, below = 1 - length["ratio"], 1 - 1 / index["ratio"]
     return (
-        f"The wires are {1 - length['ratio']:.1%} shorter than those of shuffled models with the same degrees, laid out "
-        f"too. Of those, {1 - 1 / index['ratio']:.1%} below the wires here in index order, the degrees are the reason."
+        f"The wires are {shorter:.1%} shorter than those of shuffled models with the same degrees, once laid out; and "
+        f"those, with nothing local but their degrees, are {below:.1%} below the wires here in index order."
     )
 
 

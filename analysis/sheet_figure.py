@@ -34,6 +34,7 @@ from sparsetrain.locality.run import LaidOutRun
 from sparsetrain.locality.sheet import (
     COLOURS,
     SHEAR,
+    TILT,
     Row,
     Wires,
     colour_of,
@@ -61,6 +62,7 @@ pick(lit_shown, lit);
 pick(dots_shown, dots);
 const fade = chosen.value === everything ? 1 : 0.15;
 wires.data = { ...wires.data, alpha: Array.from(wires.data.opacity, (o) => o * fade) };
+nodes.data = { ...nodes.data, alpha: Array.from(nodes.data.alpha, () => (fade < 1 ? 0.35 : 1)) };
 const n = wires.data.opacity.length;
 wires_shown.indices = [...Array(n).keys()].slice(n - Math.ceil(n * share.value / 100));
 """
@@ -90,7 +92,7 @@ def sheet_figure(laid: LaidOutRun, circuits: Mapping[str, Circuit], titles: Mapp
     bottom = max(r.y for r in rows.values())
     x_range = Range1d(-0.02, 1.02 + SHEAR * (laid.plan.sheet - 1))
     y_range = Range1d(bottom + 0.5, -0.5)
-    sides = [_side(key, title, rows, models, x_range, y_range) for key, title in titles.items()]
+    sides = [_side(key, title, rows, models, x_range, y_range, laid.plan.sheet) for key, title in titles.items()]
     pair = gridplot([sides], sizing_mode="stretch_width", toolbar_location="above", toolbar_options={"logo": None})
     return column(_controls(models, list(circuits), len(wires.top)), pair, sizing_mode="stretch_width")
 
@@ -107,7 +109,7 @@ def _controls(models: Mapping[str, Any], circuits: list[str], n_wires: int):
 
 
 def _side(key: str, title: str, rows: Mapping[str, Row], models: Mapping[str, Any], x_range: Range1d,
-          y_range: Range1d) -> figure:  # fmt: skip
+          y_range: Range1d, sheet: int) -> figure:  # fmt: skip
     """The sheet in one of the two layouts."""
     zoom = WheelZoomTool(modifiers={"ctrl": True})
     plot = figure(
@@ -116,7 +118,7 @@ def _side(key: str, title: str, rows: Mapping[str, Row], models: Mapping[str, An
     )  # fmt: skip
     plot.grid.visible = plot.xaxis.visible = False
     plot.outline_line_color = None
-    _name_rows(plot, rows)
+    _name_rows(plot, rows, sheet)
     ends = {end: f"{end}_{key}" for end in ("x0", "y0", "x1", "y1")}
     wires = plot.segment(
         **ends, source=models["wires"], view=CDSView(filter=models["wires_shown"]), line_width="width",
@@ -125,7 +127,7 @@ def _side(key: str, title: str, rows: Mapping[str, Row], models: Mapping[str, An
     lit = plot.segment(**ends, source=models["lit"], view=CDSView(filter=models["lit_shown"]), line_width="width",
                        line_color=LIT, line_alpha="alpha")  # fmt: skip
     place = {"x": f"x_{key}", "y": f"y_{key}"}
-    nodes = plot.scatter(**place, source=models["nodes"], size=3.5, fill_color=NODE, line_color=None)
+    nodes = plot.scatter(**place, source=models["nodes"], size=3.5, color=NODE, alpha="alpha", line_color=None)
     dots = plot.scatter(**place, source=models["dots"], view=CDSView(filter=models["dots_shown"]), size=8,
                         fill_color=DOT, line_color=LIT)  # fmt: skip
     told = f"@top, @bottom<br>strength @strength{{0.0}}, length @length_{key}{{0.00}}"
@@ -134,13 +136,18 @@ def _side(key: str, title: str, rows: Mapping[str, Row], models: Mapping[str, An
     return plot
 
 
-def _name_rows(plot: figure, rows: Mapping[str, Row]) -> None:
+def _name_rows(plot: figure, rows: Mapping[str, Row], sheet: int) -> None:
     axis = plot.yaxis[0]
     axis.ticker = FixedTicker(ticks=[r.y for r in rows.values()])
     axis.major_label_overrides = {r.y: r.title for r in rows.values()}
     axis.major_tick_line_color = axis.axis_line_color = None
     axis.major_label_text_font_size = "12px"
-    plot.hspan(y=[r.y for r in rows.values()], line_color="#dde0e6", level="underlay")
+    if sheet == 1:
+        plot.hspan(y=[r.y for r in rows.values()], line_color="#dde0e6", level="underlay")
+        return
+    corners = [(SHEAR, -TILT / 2), (1 + SHEAR, -TILT / 2), (1, TILT / 2), (0, TILT / 2)]
+    plot.patches([[x for x, _ in corners]] * len(rows), [[r.y + y for _, y in corners] for r in rows.values()],
+                 fill_color="#f4f5f8", line_color="#dde0e6", level="underlay")  # fmt: skip
 
 
 def _wire_columns(wires: Wires, rows: dict[str, Row], layouts: Mapping[str, Layout]) -> dict[str, Any]:
@@ -169,6 +176,7 @@ def _node_columns(
     return {
         "name": _names(rows, at, nodes),
         "word": [_word(list(rows)[i], n, laid) for i, n in zip(at.tolist(), nodes.tolist(), strict=True)],
+        "alpha": [1.0] * len(at),
         **_points(rows, layouts, at, nodes),
     }
 

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sparsetrain
 from sparsetrain import checkpoint
@@ -83,3 +84,14 @@ def test_an_export_replaces_nothing(tiny_run, tmp_path):
     with pytest.raises(LocalityError, match="must be a new one, got .*; name another"):
         export_run(tiny_run, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_draws_the_sheet_once_it_is_sparse(local_run, tiny_run):
+    found = {}
+    for run in (local_run, tiny_run):
+        events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+        events.Reload()
+        tags = events.Tags()["images"]
+        found[run] = {tag: [(e.step, e.height > 300, e.width) for e in events.Images(tag)] for tag in tags}
+    assert found[local_run] == {"locality/sheet": [(10, True, 480), (20, True, 480)]}
+    assert found[tiny_run] == {}

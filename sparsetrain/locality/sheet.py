@@ -8,12 +8,12 @@ from sparsetrain.locality.edges import Edges, Piece
 from sparsetrain.locality.measures import LONG
 from sparsetrain.locality.positions import Layout, Plan
 
-SHEAR, TILT = 0.35, 0.42  # of a square sheet, which is drawn as a plane seen from above and from the side
+SHEAR, TILT = 0.35, 0.56  # of a square sheet, which is drawn as a plane seen from above and from the side
 COLOURS = ("#2f6fb5", "#9aa0a8", "#c8472f")  # of wires up to 0.1 long, up to 0.25, and longer
 READS = {"attn.qkv": 0, "attn.out": 1, "mlp.up": 1, "mlp.out": 2}  # rows of residual nodes from the block's first on
 AT_DEPTHS = ("residual", "positions")  # classes that are drawn at each depth where they are read or written
 PIXELS = 56  # of a row, in the image
-INK = 0.5  # of a wire of mean strength, in the image
+INK = 0.9  # of a wire of mean strength, in the image
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def sheet_rows(plan: Plan) -> dict[str, Row]:
             y += gap if rows else 0.0
             rows[key] = Row(name, title, y)
 
-    near = 0.35 if plan.sheet == 1 else 0.8
+    near = 0.35 if plan.sheet == 1 else 0.85
     add("tokens_in", "tokens", 1)
     add("contexts", "positions", near)
     n_layers = sum(name.endswith(".mlp") for name in plan.classes)
