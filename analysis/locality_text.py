@@ -77,7 +77,8 @@ def circuit_table(found: Found) -> Table:
 
 CIRCUIT_NOTE = (
     "wiring: the circuit's part of sum |w| x length over all blocks. distance: mean over pairs of its nodes, beside "
-    "random nodes as well joined; z: standard deviations that it is nearer. span: a mean over layers."
+    "random nodes as well joined; z: standard deviations that it is nearer. Nodes that are joined lie near in any good "
+    "layout: a z says something beside that of the same task in a run without locality. span: a mean over layers."
 )
 
 
@@ -90,12 +91,24 @@ def overlap_table(found: Found) -> Table:
     return ("shared nodes", "in space", "random", "circuit", "and"), rows
 
 
-def discovery_table(found: Found) -> Table:
-    """The measures of Nainani 2024, with the source of each."""
+def run_costs_table(found: Found) -> Table:
+    """The measures of Nainani 2024 that are of the run, with the source of each."""
     costs = found["discovery"]
-    named = [("", costs["run"]), *costs["circuits"].items()]
-    rows = [(key, _number(value), costs["sources"][key], name) for name, row in named for key, value in row.items()]
-    return ("measure", "value", "from", "circuit"), rows
+    rows = [(name, _number(value), costs["sources"][name]) for name, value in costs["run"].items()]
+    return ("measure", "value", "from"), rows
+
+
+def circuit_costs_table(found: Found) -> Table:
+    """Those that are of circuits."""
+    circuits = found["discovery"]["circuits"]
+    names = list(next(iter(circuits.values()), {}))
+    return ("circuit", *names), [(name, *map(_number, costs.values())) for name, costs in circuits.items()]
+
+
+def circuit_costs_note(found: Found) -> str:
+    """Where these are from."""
+    costs = found["discovery"]
+    return "; ".join(f"{name}: {costs['sources'][name]}" for name in next(iter(costs["circuits"].values()), {}))
 
 
 def _number(value: float | None) -> str:
@@ -110,7 +123,9 @@ def report_text(found: Found) -> str:
         parts.append(f"{_aligned(circuit_table(found))}\n{CIRCUIT_NOTE}")
     if found["overlaps"]:
         parts.append(_aligned(overlap_table(found)))
-    parts.append(_aligned(discovery_table(found)))
+    parts.append(_aligned(run_costs_table(found)))
+    if found["circuits"]:
+        parts.append(f"{_aligned(circuit_costs_table(found))}\n{circuit_costs_note(found)}")
     parts += [f"left out: {name}: {why}" for name, why in found["skipped"].items()]
     return "\n\n".join(parts)
 
@@ -120,7 +135,6 @@ def _aligned(table: Table) -> str:
     lines = [list(heads), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     return "\n".join(
-        "  ".join(cell.ljust(w) if i in (0, len(heads) - 1) or len(heads) < 5 else cell.rjust(w)
-                  for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )  # fmt: skip

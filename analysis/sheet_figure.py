@@ -120,18 +120,15 @@ def _side(key: str, title: str, rows: Mapping[str, Row], models: Mapping[str, An
     plot.outline_line_color = None
     _name_rows(plot, rows, sheet)
     ends = {end: f"{end}_{key}" for end in ("x0", "y0", "x1", "y1")}
-    wires = plot.segment(
-        **ends, source=models["wires"], view=CDSView(filter=models["wires_shown"]), line_width="width",
-        line_color=f"colour_{key}", line_alpha="alpha", hover_line_alpha=1,
-    )  # fmt: skip
+    plot.segment(**ends, source=models["wires"], view=CDSView(filter=models["wires_shown"]), line_width="width",
+                 line_color=f"colour_{key}", line_alpha="alpha")  # fmt: skip
     lit = plot.segment(**ends, source=models["lit"], view=CDSView(filter=models["lit_shown"]), line_width="width",
                        line_color=LIT, line_alpha="alpha")  # fmt: skip
     place = {"x": f"x_{key}", "y": f"y_{key}"}
     nodes = plot.scatter(**place, source=models["nodes"], size=3.5, color=NODE, alpha="alpha", line_color=None)
     dots = plot.scatter(**place, source=models["dots"], view=CDSView(filter=models["dots_shown"]), size=8,
                         fill_color=DOT, line_color=LIT)  # fmt: skip
-    told = f"@top, @bottom<br>strength @strength{{0.0}}, length @length_{key}{{0.00}}"
-    for renderers, tooltips in (([wires], told), ([lit], "@source → @target"), ([nodes, dots], "<b>@name</b> @word")):
+    for renderers, tooltips in (([lit], "@source → @target"), ([nodes, dots], "<b>@name</b> @word")):
         plot.add_tools(HoverTool(renderers=renderers, tooltips=tooltips))
     return plot
 
@@ -154,16 +151,12 @@ def _wire_columns(wires: Wires, rows: dict[str, Row], layouts: Mapping[str, Layo
     share = np.minimum(1, wires.strength / STRONG)
     opacity = (0.08 + 0.6 * share).round(2)
     columns = {
-        "top": _names(rows, wires.top, wires.top_node), "bottom": _names(rows, wires.bottom, wires.bottom_node),
-        "strength": wires.strength.round(2).tolist(), "width": (0.5 + 2 * share).round(2).tolist(),
-        "opacity": opacity.tolist(), "alpha": opacity.tolist(),
+        "width": (0.5 + 2 * share).round(2).tolist(), "opacity": opacity.tolist(), "alpha": opacity.tolist(),
     }  # fmt: skip
     for key, layout in layouts.items():
-        length = lengths(rows, layout, wires)
         columns |= _ends(key, places(rows, layout, wires.top, wires.top_node),
                          places(rows, layout, wires.bottom, wires.bottom_node))  # fmt: skip
-        columns[f"length_{key}"] = length.round(3).tolist()
-        columns[f"colour_{key}"] = [COLOURS[i] for i in colour_of(length)]
+        columns[f"colour_{key}"] = [COLOURS[i] for i in colour_of(lengths(rows, layout, wires))]
     return columns
 
 
@@ -173,9 +166,11 @@ def _node_columns(
     """The nodes that a drawn wire ends at."""
     ends = [np.concatenate(pair) for pair in ((wires.top, wires.bottom), (wires.top_node, wires.bottom_node))]
     at, nodes = np.unique(np.stack(ends), axis=1)
+    names, n_wires = [r.name for r in rows.values()], _n_wires(laid)
+    each = [(names[i], n) for i, n in zip(at.tolist(), nodes.tolist(), strict=True)]
     return {
-        "name": _names(rows, at, nodes),
-        "word": [_word(list(rows)[i], n, laid) for i, n in zip(at.tolist(), nodes.tolist(), strict=True)],
+        "name": [f"{name}:{n}" for name, n in each],
+        "word": [f"{_word(name, n, laid)} ({n_wires[name][n]} wires)" for name, n in each],
         "alpha": [1.0] * len(at),
         **_points(rows, layouts, at, nodes),
     }
@@ -225,17 +220,21 @@ def _carried(at: Mapping[str, tuple[int, int]], rows: Mapping[str, Row]) -> list
     return [(on[a], on[b]) for on in stops.values() for a, b in pairwise(sorted(on))]
 
 
-def _names(rows: Mapping[str, Row], at: np.ndarray, nodes: np.ndarray) -> list[str]:
-    names = [r.name for r in rows.values()]
-    return [f"{names[i]}:{n}" for i, n in zip(at.tolist(), nodes.tolist(), strict=True)]
-
-
-def _word(key: str, node: int, laid: LaidOutRun) -> str:
+def _word(name: str, node: int, laid: LaidOutRun) -> str:
     """A token's text; the head of a query, key or value channel."""
-    if key in ("tokens_in", "tokens_out"):
+    if name in ("tokens_in", "tokens_out"):
         return repr(text(node, laid.tokenizer))
-    block = laid.plan.classes[key.partition("@")[0]].block
-    return f"head {node // block}" if block else ""
+    block = laid.plan.classes[name].block
+    return f"of head {node // block}" if block else ""
+
+
+def _n_wires(laid: LaidOutRun) -> dict[str, np.ndarray]:
+    """How many edges each node of each class has."""
+    found = {name: np.zeros(c.n, np.int64) for name, c in laid.plan.classes.items()}
+    for piece in laid.edges:
+        for name, nodes in ((piece.row_class, piece.rows), (piece.column_class, piece.columns)):
+            found[name] += np.bincount(nodes, minlength=len(found[name]))
+    return found
 
 
 def _points(rows: dict[str, Row], layouts: Mapping[str, Layout], at: np.ndarray, nodes: np.ndarray) -> dict[str, Any]:

@@ -107,7 +107,8 @@ def _tables(found: Mapping[str, Any]) -> str:
     parts = [
         ("Circuits", "circuits", texts.circuit_table(found), texts.CIRCUIT_NOTE),
         ("What circuits share", "overlaps", texts.overlap_table(found), ""),
-        ("Measures of circuit discovery", "discovery", texts.discovery_table(found), ""),
+        ("Measures of circuit discovery", "run_costs", texts.run_costs_table(found), ""),
+        ("Of each circuit", "circuit_costs", texts.circuit_costs_table(found), texts.circuit_costs_note(found)),
         ("Circuits without a place", "skipped", left_out, ""),
     ]
     return "\n".join(_table(*part) for part in parts if part[2][1])

@@ -102,6 +102,8 @@ def test_the_tables_show_all_of_it(found):
                   f"z {q['z']:.1f}", "one/first", "left out: two/components", "discovery_seconds"):  # fmt: skip
         assert shown in text
     assert reading(found) in text
+    kept = report_text({**found, "layout": "kept"})
+    assert "the layout kept with the model" in kept and "laid out after the fact" in kept
     local = {**found, "length": {**length, "length": 0.1, "ratio": 0.5}}
     assert "The wires are 50.0% shorter than those of shuffled models" in reading(local)
     assert "nothing local" in reading({**found, "length": {**length, "length": max(length["null"])}})
@@ -144,6 +146,18 @@ def test_the_page_is_the_same_each_time_and_nothing_in_its_data_ends_a_script(ru
     assert "<" not in inside and json.loads(inside)
 
 
+HOVER = """() => {
+    const plot = Bokeh.documents[0].get_model_by_name("layout");
+    const view = Bokeh.index.find_one_by_id(plot.id);
+    const nodes = Bokeh.documents[0].get_model_by_name("nodes").data;
+    const i = nodes.name.indexOf("residual:7");
+    const canvas = view.canvas_view.el.getBoundingClientRect();
+    const { x_scale, y_scale } = view.frame;
+    const [x, y] = [x_scale.compute(nodes.x_layout[i]), y_scale.compute(nodes.y_layout[i])];
+    return [nodes.name[i], canvas.x + x, canvas.y + y];
+}"""  # where a node is drawn
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")
@@ -167,9 +181,13 @@ def test_the_page_draws_offline_and_lights_up_a_circuit(run, found, browser):
     page.wait_for_selector("body[data-ready=yes]")
     model = lambda name: f"Bokeh.documents[0].get_model_by_name('{name}')"  # noqa: E731
     assert page.locator("#picture canvas").count() >= 3
-    wires = page.evaluate(f"{model('wires')}.data.top.length")
+    wires = page.evaluate(f"{model('wires')}.data.opacity.length")
     assert page.evaluate(f"{model('wires_shown')}.indices.length") == wires <= 3000
     bright = page.evaluate(f"Math.max(...{model('wires')}.data.alpha)")
+    page.evaluate("document.getElementById('picture').scrollIntoView()")
+    name, *place = page.evaluate(HOVER)
+    page.mouse.move(*place)
+    page.wait_for_selector(f"text={name}")
     page.evaluate(f"{model('circuit')}.value = 'one/first'")
     assert page.evaluate(f"Math.max(...{model('wires')}.data.alpha)") < 0.3 * bright
     shown = page.evaluate(f"{model('dots_shown')}.indices.map((i) => {model('dots')}.data.name[i])")
