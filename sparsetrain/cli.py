@@ -10,6 +10,7 @@ from sparsetrain.bench import command as bench
 from sparsetrain.bridge_config import BridgeConfig
 from sparsetrain.config import ConfigError, RunConfig, config_to_yaml, describe_keys, load_config
 from sparsetrain.prune_config import ProbingOptions, PruneConfig
+from sparsetrain.sweeping.sweep_config import VARIED, SweepOptions, load_sweep
 
 KEYS = "\nkeys, given as key=value or in a YAML file, with their defaults:\n"
 PROBING_KEYS = "\n\nkeys of --method probing, which takes these in place of the ones above:\n"
@@ -68,8 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
     made = add("import", _import, "Make a run directory of a GPT-2 model of Hugging Face, to prune it.")
-    made.add_argument("source", help="a folder with config.json, tokenizer.json and safetensors, or a name on the hub")
-    made.add_argument("run", help="the run directory to write")
+    made.add_argument(
+        "source",
+        help="a folder with config.json, tokenizer.json and safetensors, or a name on the hub; glassllm:en or "
+        "glassllm:pt makes a Hugging Face folder, to bridge to, of a model that the package glassllm ships",
+    )
+    made.add_argument("run", help="the run directory, or the folder, to write")
 
     made = add("tasks", _tasks, "Print, for every task, how well a run's full model does it on held-out prompts.")
     made.add_argument("run", help="a run directory")
@@ -91,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--over-training", action="store_true", help="prune every kept checkpoint; draw when it forms")
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
+    made = add("sweep", _sweep, "Train, prune and measure every combination of a config; goes on where it was stopped.")
+    made.epilog = VARIED + "\n" + KEYS + describe_keys(SweepOptions)
+    made.add_argument("config", nargs="+", metavar="FILE.yaml | key=value")
+    made.add_argument("--plan", action="store_true", help="print the points, their time and memory, and stop")
+    made.add_argument("--retry", action="store_true", help="run again what failed")
+
     made = add("overlap", _overlap, "Print how much circuits have in common: what is in both over what is in either.")
     made.add_argument("circuits", nargs="+", help="folders of circuits of one graph, of several tasks or seeds, say")
 
@@ -107,10 +118,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_arguments(made)
 
-    made = add("page", _page, "Write the page of a circuit again, from what the run directory holds.")
-    made.add_argument("run", help="a run directory")
-    made.add_argument("--task", required=True, help="its name: the folder under circuits/")
-    made.add_argument("--circuit", default="node_masks", help="its folder's name: the method, or what `name` was")
+    for name, command, summary in (
+        (
+            "transfer",
+            _transfer,
+            "Carry a circuit across a bridge: steer and ablate the dense model along it.",
+        ),
+        ("page", _page, "Write the page of a circuit again, from what the run directory holds."),
+    ):
+        made = add(name, command, summary)
+        made.add_argument("run", help="a run directory")
+        made.add_argument("--task", required=True, help="its name: the folder under circuits/")
+        made.add_argument("--circuit", default="node_masks", help="its folder's name: the method, or what `name` was")
+        if name == "transfer":
+            made.add_argument("--bridge", default="dense", help="its folder's name under bridges/ (default dense)")
+            made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     return parser
 
 
@@ -167,6 +189,13 @@ def _bridge(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    if options.source.startswith("glassllm:"):
+        from sparsetrain.interop.glassllm import import_glassllm
+
+        folder = import_glassllm(options.source.removeprefix("glassllm:"), options.run)
+        print(f"Hugging Face folder: {folder}")
+        print(f"a corpus of its tokens: data.tokenizer={folder / 'tokenizer.json'} data.end_of_text='<eos>'")
+        return
     from sparsetrain.interop.huggingface import import_gpt2
 
     print(f"run directory: {import_gpt2(options.source, options.run)}")
@@ -246,11 +275,32 @@ def _over_training(options: argparse.Namespace, config: PruneConfig) -> None:
     print(f"page: {write_formation_page(file)}")
 
 
-def _overlap(options: argparse.Namespace) -> None:
-    from sparsetrain.pruning.circuit import load_circuit, overlaps
+def _sweep(options: argparse.Namespace) -> int:
+    from sparsetrain.sweeping.run import plan, sweep
+    from sparsetrain.sweeping.table import table
 
-    for (a, b), (nodes, edges) in overlaps({folder: load_circuit(folder) for folder in options.circuits}).items():
+    config = load_sweep(options.config)
+    if options.plan:
+        print(plan(config))
+        return 0
+    rows = sweep(config, options.retry)
+    print(table(rows), end="")
+    print(f"rows: {config.options.folder / 'rows.jsonl'}")
+    return 1 if any(row["error"] for row in rows) else 0
+
+
+def _overlap(options: argparse.Namespace) -> None:
+    from sparsetrain.pruning.circuit import load_circuit, of_one_model, overlaps
+
+    circuits = {folder: load_circuit(folder) for folder in options.circuits}
+    for (a, b), (nodes, edges) in overlaps(circuits).items():
         print(f"nodes {nodes:.3f}  edges {edges:.3f}  {a}  {b}")
+    if not of_one_model(circuits.values()):
+        print(
+            "These circuits are not known to be of the same weights. Between models that were trained apart, with\n"
+            "other seeds say, nodes of one name have nothing to do with each other: take what is above for chance\n"
+            "and compare sizes and measures instead. Between checkpoints of one run names mean the same."
+        )
 
 
 def _locality(options: argparse.Namespace) -> None:
@@ -276,24 +326,32 @@ def _device(options: argparse.Namespace):
     return pick_device(options.device)
 
 
+def _transfer(options: argparse.Namespace) -> None:
+    from sparsetrain.analysis.circuit_page import write_page
+    from sparsetrain.bridging.transfer import transfer
+    from sparsetrain.bridging.transfer_measures import describe
+    from sparsetrain.pruning.circuit import circuit_folder
+
+    file = transfer(options.run, options.task, options.circuit, options.bridge, _device(options))
+    print(describe(json.loads(file.read_text())))
+    print(f"saved in {file}")
+    print(f"page: {write_page(options.run, circuit_folder(options.run, options.task, options.circuit))}")
+
+
 def _page(options: argparse.Namespace) -> None:
     from sparsetrain.analysis.circuit_page import write_page
-    from sparsetrain.pruning.circuit import CircuitError
+    from sparsetrain.pruning.circuit import circuit_folder
 
-    circuits = Path(options.run) / "circuits" / options.task
-    there = sorted(folder.name for folder in circuits.glob("[!.]*") if (folder / "circuit.json").exists())
-    if options.circuit not in there:
-        found = ", ".join(there) or "none"
-        raise CircuitError(f"--circuit must be one of those in {circuits}, which are {found}, got {options.circuit!r}")
-    print(write_page(options.run, circuits / options.circuit))
+    print(write_page(options.run, circuit_folder(options.run, options.task, options.circuit)))
 
 
 def _measures_table(circuit) -> str:
     m = circuit.measures
     cost = circuit.settings["cost"]
+    memory = "memory not known" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 2**30:.1f} GiB at most"
     rows = [
         ("circuit", f"{m['n_nodes']} nodes, {m['n_edges']} edges"),
-        ("found in", f"{cost['seconds']:.0f} s, {cost['peak_bytes'] / 2**30:.1f} GiB at most"),
+        ("found in", f"{cost['seconds']:.0f} s, {memory}, model and Python with it"),
         (
             "its held-out task loss",
             f"{m['task_loss']:.3f} +- {m['task_loss_se']:.3f}   (target {m['target_loss']}, chance 0.693)",

@@ -59,6 +59,7 @@ class DataOptions:
         None, "stop reading at about this many tokens (256 documents at a time)", "tokens", low=1
     )
     tokenizer: str | None = option(None, "a tokenizer.json to use; null trains a byte-level BPE on the corpus")
+    end_of_text: str = option("<|endoftext|>", "token that ends each document; a tokenizer that is named must have it")
     vocab_size: int = option(2048, "vocabulary of the BPE that is trained", "tokens", 257, 65536)
     tokenizer_characters: int = option(50_000_000, "text the BPE is trained on, at most", "characters", low=1000)
     cache: str = option("data", "folder that holds prepared corpora")
@@ -241,7 +242,7 @@ def load_config(kind: type[C], arguments: Sequence[str]) -> C:
 
     Args:
         kind: one of this package's config dataclasses, e.g. RunConfig.
-        arguments: items with `=` are overrides, the others are YAML files.
+        arguments: YAML files that exist, or else overrides if they have a `=`.
 
     Returns:
         The resolved config; keys not mentioned have their defaults.
@@ -252,7 +253,7 @@ def load_config(kind: type[C], arguments: Sequence[str]) -> C:
     """
     leaves: dict[str, Any] = {}
     for item in arguments:
-        leaves.update(_override(item) if "=" in item else _yaml_leaves(Path(item)))
+        leaves.update(read_item(item))
     return _build(kind, leaves)
 
 
@@ -298,6 +299,15 @@ def _type_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+
+
+def read_item(item: str) -> dict[str, Any]:
+    """The values that one argument sets, by dotted key.
+
+    Raises:
+        ConfigError: it is neither a YAML file that can be read nor an override.
+    """
+    return _override(item) if "=" in item and not Path(item).is_file() else _yaml_leaves(Path(item))
 
 
 def _override(item: str) -> dict[str, Any]:

@@ -60,6 +60,15 @@ class Corpus:
         return np.memmap(self.folder / f"{split}.bin", dtype=np.uint16, mode="r")
 
 
+def require_source(options: DataOptions) -> None:
+    """Raise a DataError if no corpus is named."""
+    if options.source == "none":
+        raise DataError(
+            "data.source must name a corpus, got none, as an imported model has; take an ablation of the task's "
+            "prompts (mean_task, mean_position, zero, corrupted), or name a corpus in the run's config.yaml"
+        )
+
+
 def prepare(options: DataOptions) -> Corpus:
     """Read, tokenize and store a corpus, or find it stored already.
 
@@ -74,14 +83,13 @@ def prepare(options: DataOptions) -> Corpus:
         DataError: there is no corpus, nothing readable was found, a side of the split is empty, or the tokenizer does
             not fit.
     """
-    if options.source == "none":
-        raise DataError(
-            "data.source must name a corpus, got none, as an imported model has; take an ablation of the task's "
-            "prompts (mean_task, mean_position, zero, corrupted), or name a corpus in the run's config.yaml"
-        )
+    require_source(options)
     files, skipped = _screen(options)
+    chosen = asdict(options)
+    if options.end_of_text == END_OF_TEXT:
+        del chosen["end_of_text"]  # corpora that were prepared before there was a choice stay valid
     identity = {
-        "options": {k: v for k, v in asdict(options).items() if k not in ("cache", "paths", "tokenizer")},
+        "options": {k: v for k, v in chosen.items() if k not in ("cache", "paths", "tokenizer")},
         "files": [digest for _, digest in files],  # not their names: a corpus may be moved
         "tokenizer": _given_tokenizer(options) and file_hash(Path(options.tokenizer)),
     }
@@ -92,7 +100,7 @@ def prepare(options: DataOptions) -> Corpus:
     return Corpus(folder, json.loads((folder / "manifest.json").read_text()))
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterator[str], vocab_size: int, end_of_text: str = END_OF_TEXT) -> Tokenizer:
     """Train a byte-level BPE with the paper's pre-tokenizer (Gao et al. 2025, A.6; 2,048 tokens there).
 
     Differs: end-of-text is token 0 (2047 in the paper's tokenizer), which also serves as padding.
@@ -107,7 +115,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[end_of_text],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -240,8 +248,11 @@ def _given_tokenizer(options: DataOptions) -> Tokenizer | None:
         tokenizer = Tokenizer.from_file(options.tokenizer)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise DataError(f"data.tokenizer must be a readable tokenizer.json, got {options.tokenizer}: {error}") from None
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise DataError(f"the tokenizer {options.tokenizer} must have the token {END_OF_TEXT}, got none")
+    if tokenizer.token_to_id(options.end_of_text) is None:
+        raise DataError(
+            f"the tokenizer {options.tokenizer} must have the token {options.end_of_text}, got none; "
+            "name its own in data.end_of_text"
+        )
     if tokenizer.get_vocab_size() > 65536:
         raise DataError(f"the tokenizer must have at most 65536 tokens, got {tokenizer.get_vocab_size()}")
     return tokenizer
@@ -263,7 +274,9 @@ def _write_corpus(
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
     try:
         tokenizer = _given_tokenizer(options) or train_tokenizer(
-            _first_characters(_documents(options, files), options.tokenizer_characters), options.vocab_size
+            _first_characters(_documents(options, files), options.tokenizer_characters),
+            options.vocab_size,
+            options.end_of_text,
         )
         tokenizer.save(str(unfinished / "tokenizer.json"))
         counts = _write_tokens(unfinished, options, tokenizer, _documents(options, files), len(files))
@@ -288,7 +301,7 @@ def _write_corpus(
 def _write_tokens(
     folder: Path, options: DataOptions, tokenizer: Tokenizer, documents: Iterator[str], n_documents: int
 ) -> dict[str, int]:
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = tokenizer.token_to_id(options.end_of_text)
     counts = {"train": 0, "val": 0}
     progress = tqdm(desc="tokenizing", unit=" documents", total=n_documents or None, disable=None)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val, progress:

@@ -32,8 +32,24 @@ def describe(device: torch.device) -> dict[str, object]:
     }
 
 
+def reset_peak(device: torch.device) -> bool:
+    """Have `peak_bytes` begin anew, from what is taken now.
+
+    Returns:
+        Whether it was done: on a CPU only where Linux lets a process do so.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5): resets the peak resident set
+    except OSError:
+        return False
+    return True
+
+
 def peak_bytes(device: torch.device) -> int:
-    """The most memory so far: of this process, or on CUDA of its tensors."""
+    """The most memory since `reset_peak`, or so far: of this process, or on CUDA of its tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

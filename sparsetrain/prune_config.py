@@ -39,7 +39,6 @@ class EdgeMaskOptions:
     init_mean: float = option(5.0, "mean of the initial log alpha (published: 10)")
     init_std: float = option(0.01, "their standard deviation", low=0)
     bound: float = option(5.0, "log alpha stays within +- this; at 5 a gate is closed, or open, 97 times in 100", low=0)
-    seed: int = option(0, "seed of masks, gates and prompts", low=0)
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ class TopkMaskOptions:
     batch: int = option(32, "prompts in a step (published: 1)", "prompts", low=1)
     lr: float = option(0.05, "Adam's learning rate of the scores", low=0)
     temperature: float = option(0.5, "width of the sigmoid that makes masks of scores", low=1e-6)
-    seed: int = option(0, "seed of sizes and prompts", low=0)
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,6 @@ class AttributionOptions:
     gate_points: int = option(11, "points of the integral over the gates", "runs", low=1)
     check_runs: int = option(32, "what gates_checked spends on patching, in runs of all prompts", "runs", low=1)
     batch_prompts: int = option(32, "prompts in one forward pass", "prompts", low=1)
-    seed: int = option(0, "seed of resampled replacements and of the prompts that are patched", low=0)
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,6 @@ class AcdcOptions:
     lowest_tau: float = option(1e-6, "least threshold of a ranking", "units of the metric", low=1e-12)
     highest_tau: float = option(1.0, "greatest threshold of a ranking", "units of the metric", low=1e-12)
     n_taus: int = option(31, "thresholds of a ranking, evenly spaced in the logarithm", low=1)
-    seed: int = option(0, "seed of resampled replacements", low=0)
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ class PruneConfig:
     reference_tokens: int = option(65_536, "corpus tokens that means are taken over", "tokens", low=1)
     random_sets: int = option(10, "random circuits the circuit is compared with", low=1)
     nonsense: bool = option(True, "also search a circuit for the same prompts with nonsense answers")
-    seed: int = option(0, "seed of prompts and random sets, and of node_masks; other methods have their own", low=0)
+    seed: int = option(0, "seed of prompts, of the method, and of random sets", low=0)
     effect_units: int = option(
         1000, "greatest number of units whose effects on the held-out loss are measured one by one", "units", low=0
     )

@@ -13,6 +13,10 @@ class Refused(Exception):
     """Why a pair does not suit the tokenizer or the context length."""
 
 
+class Unaligned(Refused):
+    """Its two prompts have not as many tokens, which another tokenizer hardly changes: they say more, or less."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A pair in tokens; each tuple holds what belongs to the positive prompt, then what to the negative one."""
@@ -45,7 +49,7 @@ def encode_pair(pair: Pair, tokenizer: Tokenizer, n_ctx: int, whole_answers: boo
     partners = _partners(pair, prompts, tokenizer) if isinstance(pair, AlignedPair) else prompts[::-1]
     if aligned and len(prompts[0]) != len(prompts[1]):
         lengths = f"{len(prompts[0])} and {len(prompts[1])}"
-        raise Refused(f"its prompts have {lengths} tokens, where ablation=corrupted needs equally many")
+        raise Unaligned(f"its prompts have {lengths} tokens, where ablation=corrupted needs equally many")
     answers = (
         _answer(pair.positive, prompts[0], pair.positive_answer, tokenizer, whole_answers),
         _answer(pair.negative, prompts[1], pair.negative_answer, tokenizer, whole_answers),

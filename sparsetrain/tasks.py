@@ -24,7 +24,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sparsetrain.task_encoding import Encoded, Refused, encode_pair
+from sparsetrain.task_encoding import Encoded, Refused, Unaligned, encode_pair
 from sparsetrain.task_files import TaskError, linked_groups, read_pairs
 from sparsetrain.task_language import LANGUAGE_GENERATORS
 from sparsetrain.task_probing import PROBING_TASKS, probing_task
@@ -210,10 +210,10 @@ def _ask_for(data: TaskData, first: int, second: int) -> TaskData:
 
 def _choose(
     candidates: Iterator[Pair], n_pairs: int, tokenizer: Tokenizer, n_ctx: int, whole_answers: bool, aligned: bool
-) -> tuple[dict[Pair, Encoded], list[str]]:
+) -> tuple[dict[Pair, Encoded], list[Refused]]:
     """The first `n_pairs` different pairs that suit, encoded, and the reasons against the others."""
     chosen: dict[Pair, Encoded] = {}
-    refused: list[str] = []
+    refused: list[Refused] = []
     n_failed = 0
     for pair in candidates:
         n_failed += 1
@@ -222,23 +222,28 @@ def _choose(
                 chosen[pair] = encode_pair(pair, tokenizer, n_ctx, whole_answers, aligned)
                 n_failed = 0
             except Refused as reason:
-                refused.append(str(reason))
+                refused.append(reason)
         if len(chosen) == n_pairs or n_failed == LONGEST_FAILURE:
             break
     return chosen, refused
 
 
-def _check_number(task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, found: int, refused: list[str]) -> None:
+def _check_number(
+    task: Task, tokenizer: Tokenizer, n_pairs: int, split: Split, found: int, refused: list[Refused]
+) -> None:
     """Raise if there are too few pairs; warn if a file has fewer than asked for or some of no use."""
     reason = f"; {len(refused)} were refused, the first because {refused[0]}" if refused else ""
     fewest = min(n_pairs, FEWEST_PAIRS) if task.from_file else n_pairs
-    remedy = "add pairs to the file" if task.from_file else "write your own prompts as a .jsonl file"
+    remedy = "train a tokenizer with a larger vocabulary"
+    if refused and isinstance(refused[0], Unaligned):
+        remedy = "take another ablation, as mean_task or mean_position, which needs no partners"
+    remedy += ", or " + ("add pairs to the file" if task.from_file else "write your own prompts as a .jsonl file")
     if found < fewest:
         raise TaskError(
             f"task {task.name} must give {fewest} different pairs for {split} with this tokenizer of "
             f"{tokenizer.get_vocab_size()} tokens, got {found}{reason}; "
-            f"train a tokenizer with a larger vocabulary, or {remedy}",
-            reason=refused[0] if refused else "too few of its prompts differ",
+            f"{remedy}",
+            reason=str(refused[0]) if refused else "too few of its prompts differ",
         )
     if task.from_file and (found < n_pairs or refused):
         log.warning("task %s: %d pairs for %s, %d asked for%s", task.name, found, split, n_pairs, reason)

@@ -1,6 +1,8 @@
 """Shared fixtures: a small real corpus, the config of a tiny model on it, and one trained run."""
 
+import json
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -28,6 +30,11 @@ TINY = (
     "train.checkpoint_every=10", "train.histogram_every=10",
 )  # fmt: skip
 
+DENSE = [
+    "model.bigram=false", "sparsity.density=1", "optim.lr=0.01",
+    *(f"model.abs_topk.{site}=1" for site in ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")),
+]  # fmt: skip
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> list[str]:
@@ -52,3 +59,73 @@ def tiny_run(tiny) -> Path:
     from sparsetrain.train import train
 
     return train(load_config(RunConfig, [*tiny, "run.name=shared"]))
+
+
+@pytest.fixture(scope="module")
+def sweep_place(tmp_path_factory):
+    """A folder with a task that a tiny model does (bigrams know it), in which processes of sweeps run."""
+    names = ("name", "path", "data", "value", "key", "line", "text", "file", "node", "code", "func", "args", "list")
+    rows = [
+        {"positive": f"    def {name}(self):\n        return self", "negative": f"    def {name}(self):\n        if",
+         "positive_answer": ".", "negative_answer": " "}
+        for name in [prefix + name for prefix in ("", "get_", "_") for name in names]
+    ]  # fmt: skip
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *sys.path]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def sweep_base(tiny) -> list[str]:
+    """What sweeps of tiny runs share."""
+    shared = [item for item in tiny if not item.startswith("run.out=")]
+    return [f"base={json.dumps(shared)}", "tasks=[mine.jsonl]"]
+
+
+@pytest.fixture(scope="session")
+def dense_run(tiny) -> Path:
+    """A tiny dense run of plain norms and no AbsTopK, so that its residual can be rotated."""
+    from sparsetrain.config import RunConfig, load_config
+    from sparsetrain.train import train
+
+    return train(load_config(RunConfig, [*tiny, *DENSE, "run.name=dense"]))
+
+
+@pytest.fixture(scope="session")
+def rotated_run(dense_run, tmp_path_factory):
+    """The dense run's model in another basis of its residual stream, and that basis."""
+    from sparsetrain import checkpoint
+
+    model, _, _ = checkpoint.load_run(dense_run)
+    rotation = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0]
+    rotate_(model, rotation)
+    folder = tmp_path_factory.mktemp("rotated") / "run"
+    folder.mkdir()
+    for name in ("config.yaml", "tokenizer.json"):
+        (folder / name).write_bytes((dense_run / "model" / name).read_bytes())
+    checkpoint.export_model(folder, model, (folder / "config.yaml").read_text())
+    return folder, rotation
+
+
+@torch.no_grad()
+def rotate_(model, rotation):
+    """Residuals become h @ rotation; the gains of the norms go into what reads through them."""
+    model.embed.weight.copy_(model.embed.weight @ rotation)
+    for block in model.blocks:
+        for norm, reader, writer in (
+            (block.attn.norm.resid, block.attn.qkv, block.attn.out),
+            (block.mlp.norm.resid, block.mlp.up, block.mlp.out),
+        ):
+            fold_(norm, reader, rotation)
+            writer.weight.copy_(rotation.T @ writer.weight)
+            writer.bias.copy_(writer.bias @ rotation)
+    fold_(model.norm, model.unembed, rotation)
+
+
+def fold_(norm, reader, rotation):
+    reader.weight.copy_(reader.weight * norm.weight @ rotation)
+    norm.weight.fill_(1)

@@ -90,24 +90,24 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path):
     whole = len(calls)
     calls, limit = [], whole // 2
     with pytest.raises(Killed):
-        acdc.rank(*arguments, state)
+        acdc.rank(*arguments, state=state)
     calls, limit = [], None
-    resumed = acdc.rank(*arguments, state)
+    resumed = acdc.rank(*arguments, state=state)
     assert len(calls) < 0.7 * whole
     assert all(torch.equal(resumed[group], expected[group]) for group in expected)
     calls = []
-    acdc.rank(*arguments, state)
+    acdc.rank(*arguments, state=state)
     assert len(calls) == len(list(edges.batches(case.graph, case.data, case.ablation))), (
         "only the full model is run again"
     )
     with pytest.raises(ValueError, match="must hold a search with the same settings, got taus .*; delete it"):
-        acdc.rank(*arguments[:-1], AcdcOptions(n_taus=3), state)
+        acdc.rank(*arguments[:-1], AcdcOptions(n_taus=3), state=state)
     case.graph.model.unembed.weight[0, 0] += 1
     with pytest.raises(ValueError, match="must hold a search with the same settings, got weights and prompts"):
-        acdc.rank(*arguments, state)
+        acdc.rank(*arguments, state=state)
     state.write_text("{")
     with pytest.raises(ValueError, match="must hold a saved search, got: .*; delete it to start anew"):
-        acdc.rank(*arguments, state)
+        acdc.rank(*arguments, state=state)
 
 
 def test_hours_are_announced(monkeypatch, caplog):

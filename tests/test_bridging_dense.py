@@ -10,10 +10,11 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from sparsetrain.bridging import hf_model
 from sparsetrain.bridging.dense import OwnModel, load_dense
+from sparsetrain.bridging.hf_hooks import change
 from sparsetrain.bridging.hf_model import HfModel
-from sparsetrain.bridging.residuals import BridgeError, same_tokens
+from sparsetrain.bridging.residuals import BridgeError, hooked
+from sparsetrain.bridging.same_tokens import same_tokens
 from sparsetrain.checkpoint import CheckpointError
 from sparsetrain.config import ModelOptions
 from sparsetrain.data import train_tokenizer
@@ -111,11 +112,11 @@ def spread(model, n_each=2, seed=2):
     counts[-1] += 1
     rows = torch.randperm(sum(counts), generator=generator).split(counts)
     new = [torch.randn(n, T, model.width, generator=generator).requires_grad_() for n in counts]
-    return {site: pair for site, pair in zip(model.sites, zip(rows, new, strict=True), strict=True)}
+    return dict(zip(model.sites, zip(rows, new, strict=True), strict=True))
 
 
 def check_hybrid_pass(model):
-    """Logits and gradients of a pass whose rows enter anywhere are those of a whole pass of each, edited at its site."""
+    """Logits and gradients of a pass whose rows enter anywhere are those of whole passes, edited at each row's site."""
     entering = spread(model)
     tokens = random_tokens(sum(len(rows) for rows, _ in entering.values()))
     found = model.enter(tokens, entering)
@@ -161,9 +162,7 @@ def test_what_is_between_attention_and_mlp_is_between_their_writes(family):
     residuals, _ = model.run(tokens)
     pre, mid, post = (residuals[f"blocks.{x}"] for x in ("1.resid_pre", "1.resid_mid", "0.resid_pre"))
     assert (mid - pre).abs().max() > 1e-3 and (pre - post).abs().max() > 1e-3
-    seen = {}
-    silent = model.blocks[0].get_submodule(model.sublayers[0].write)
-    with hf_model.hooked([(silent, "out", hf_model._edit_out(torch.zeros_like))]):
+    with hooked([change(model.blocks[0].write, torch.zeros_like)]):
         seen, _ = model.run(tokens)
     assert torch.equal(seen["blocks.0.resid_mid"], seen["blocks.0.resid_pre"])
 
@@ -205,7 +204,7 @@ def test_reads_are_what_the_norms_make_of_the_sites(family):
     for name in model.reads:
         site = name.replace("attn_in", "resid_pre").replace("mlp_in", "resid_mid").replace("final_in", "final_resid")
         site = site if site in seen else site.replace("resid_mid", "resid_pre")
-        close(seen[name], model._norm(name)(seen[site]))
+        close(seen[name], model._norms[name](seen[site]))
     per_block = ["attn_in"] if family in ("phi", "stablelm-parallel", "falcon") else ["attn_in", "mlp_in"]
     n = len(model.blocks)
     assert model.reads == (*(f"blocks.{l}.{read}" for l in range(n) for read in per_block), "final_in")
@@ -348,12 +347,30 @@ def test_a_model_whose_logits_need_more_than_the_residual_is_refused_by_site(tok
         HfModel(model, tokenizer)
 
 
+class Twofold(torch.nn.Module):
+    """A block whose output needs what entered it beside what its MLP reads."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, *args, **kwargs):
+        return self.block(x, *args, **kwargs) + x.sin()
+
+
+def test_blocks_that_are_not_two_halves_get_a_site_each(tokenizer):
+    model = theirs("gpt2")
+    for l, block in enumerate(model.transformer.h):
+        model.transformer.h[l] = Twofold(block)
+    found = HfModel(model, tokenizer)
+    assert found.sites == ("blocks.0.resid_pre", "blocks.1.resid_pre", "blocks.2.resid_pre", "final_resid")
+    check_hybrid_pass(found)
+
+
 def test_models_without_residual_sites_are_refused(tokenizer):
     model = theirs("gpt2")
     model.config.n_layer = 4
-    with pytest.raises(
-        BridgeError, match=r"GPT2LMHeadModel must have one list of 4 blocks \(num_hidden_layers\) .* none"
-    ):
+    with pytest.raises(BridgeError, match=r"GPT2LMHeadModel must have one list of 4 blocks \(.*\) .* none"):
         HfModel(model, tokenizer)
     config = transformers.T5Config(
         d_model=32, d_ff=32, num_layers=2, num_heads=2, vocab_size=V, decoder_start_token_id=0

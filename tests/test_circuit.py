@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from sparsetrain.cli import main
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.circuit import Circuit, CircuitError, Edge, load_circuit, overlaps, save_circuit
 from sparsetrain.pruning.evaluate import Calibration
@@ -63,3 +64,14 @@ def test_overlaps_are_shares_of_what_is_in_either(circuit):
         overlaps({"a": circuit})
     with pytest.raises(CircuitError, match="got a: channel, b: component"):
         overlaps({"a": circuit, "b": dataclasses.replace(circuit, graph="component")})
+    wider = dataclasses.replace(circuit, nodes={**circuit.nodes, "final_resid": torch.zeros(4, dtype=torch.bool)})
+    with pytest.raises(CircuitError, match="must be of models of one shape, got other numbers .* in c than in a"):
+        overlaps({"a": circuit, "b": other, "c": wider})
+
+
+def test_overlap_says_where_circuits_are_of_other_weights(circuit, tmp_path, capsys):
+    for name, settings in {"a": {"model": "1"}, "b": {"model": "1"}, "seed": {"model": "2"}, "old": {}}.items():
+        save_circuit(tmp_path / name, dataclasses.replace(circuit, settings=settings))
+    for names, said in ((("a", "b"), False), (("a", "seed"), True), (("a", "old"), True)):
+        assert main(["overlap", *(str(tmp_path / name) for name in names)]) == 0
+        assert ("not known to be of the same weights" in capsys.readouterr().out) == said

@@ -61,6 +61,10 @@ def test_help_of_prune_lists_every_method_and_its_keys(capsys):
             ["page", "nowhere", "--task", "for_while"],
             "--circuit must be one of those in nowhere/circuits/for_while, which",
         ),
+        (
+            ["transfer", "nowhere", "--task", "for_while"],
+            "--circuit must be one of those in nowhere/circuits/for_while",
+        ),
     ],
 )
 def test_errors_are_one_message_and_a_status(arguments, words, capsys):

@@ -92,3 +92,10 @@ def test_help_describes_every_key(kind):
     for key, f in known_keys(kind):
         assert f"  {key}=" in text
         assert f.metadata["help"] in text
+
+
+def test_a_file_whose_path_has_an_equals_sign_is_a_file(tmp_path):
+    file = tmp_path / "run.seed=1" / "x.yaml"
+    file.parent.mkdir()
+    file.write_text("run: {seed: 7}")
+    assert load_config(RunConfig, [str(file)]).run.seed == 7

@@ -1,11 +1,13 @@
 """Measures of rankings and circuits, against what is worked out by hand."""
 
+import functools
+
 import pytest
 import torch
 
 from sparsetrain.bench.known_circuits import named_edges
 from sparsetrain.bench.made_circuits import gate, gate_data
-from sparsetrain.pruning import curves, edges, objective
+from sparsetrain.pruning import attribution, curves, edges, objective
 from sparsetrain.pruning.ablation import build_ablation
 from sparsetrain.pruning.component_graph import ComponentGraph
 
@@ -40,6 +42,16 @@ def test_faithfulness_rises_by_half_with_each_branch_of_a_sum(adder):
     torch.testing.assert_close(torch.tensor(found.faithfulness), torch.tensor([0, 0.5, 0.5, 1, 1]))
     assert found.area == pytest.approx((0.25 + 0.5 + 0.75 + (n - 5)) / n)
     assert found.distance == pytest.approx((0.75 + 0.5 + 0.25) / n)
+
+
+def test_a_curve_cuts_its_ranking_as_it_is_told(adder):
+    graph, prompts = adder
+    upstream_first = in_order(graph, [CIRCUIT[i] for i in (1, 0, 2, 4)])
+    shares = [3 / edges.n_edges(graph.edges) + 1e-9, 1.0]
+    assert curves.curve(graph, prompts, upstream_first, objective.logit_difference, shares).sizes[0] == 0
+    grow = functools.partial(attribution.grow, graph)
+    grown = curves.curve(graph, prompts, upstream_first, objective.logit_difference, shares, grow)
+    assert grown.sizes[0] == 3, "from the logits down, one branch is whole at three edges"
 
 
 def test_a_curve_needs_a_metric_that_tells_full_from_empty(adder):

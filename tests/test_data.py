@@ -147,6 +147,19 @@ def test_an_unusable_tokenizer_file_is_refused(folder, tmp_path, content):
         prepare(options(folder, tmp_path / "cache", tokenizer=str(file)))
 
 
+def test_another_token_ends_documents(folder, tmp_path):
+    """As in tokenizers of other models; one that is trained here gets it too."""
+    trained = prepare(options(folder, tmp_path / "cache", end_of_text="</s>"))
+    given = str(trained.folder / "tokenizer.json")
+    again = prepare(options(folder, tmp_path / "cache", end_of_text="</s>", tokenizer=given))
+    tokenizer = trained.tokenizer
+    assert tokenizer.token_to_id("</s>") == 0 and tokenizer.token_to_id("<|endoftext|>") is None
+    for corpus in (trained, again):
+        assert corpus.tokens("train")[-1] == 0 and corpus.manifest["tokens"] == trained.manifest["tokens"]
+    with pytest.raises(DataError, match=r"must have the token <\|endoftext\|>, got none; name its own in data.end_of"):
+        prepare(options(folder, tmp_path / "cache", tokenizer=given))
+
+
 def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path):
     with pytest.raises(DataError, match="could not read nobody/nothing: "):
         prepare(DataOptions(source="hub", hub="nobody/nothing", cache=str(tmp_path)))

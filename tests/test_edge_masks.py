@@ -24,10 +24,7 @@ def known(program: str, kind: str = "zero") -> known_circuits.KnownCircuit:
 
 
 def rank(method: str, circuit: known_circuits.KnownCircuit, metric=squared_error, **settings):
-    options = QUICK[method]
-    if "seed" in settings:
-        options = dataclasses.replace(options, seed=settings.pop("seed"))
-    return METHODS[method](circuit.graph, circuit.data, circuit.ablation, metric, options, **settings)
+    return METHODS[method](circuit.graph, circuit.data, circuit.ablation, metric, QUICK[method], **settings)
 
 
 def test_the_exact_circuit_of_xproportion_is_found():
@@ -81,7 +78,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(method, tmp_path, monkeypatc
 def test_a_state_of_another_training_is_refused(tmp_path):
     circuit, path = known("hist"), tmp_path / "state.safetensors"
     rank("edge", circuit, state=path)
-    with pytest.raises(mask_training.StateError, match=r"must be of this training.*seed=1.*delete it to start anew"):
+    with pytest.raises(mask_training.StateError, match=r'must be of this training.*"seed": 1.*delete it to start anew'):
         rank("edge", circuit, seed=1, state=path)
     other = dataclasses.replace(circuit, data=circuit.data.take(range(len(circuit.data))[::-1]))
     with pytest.raises(mask_training.StateError, match="must be of this training"):

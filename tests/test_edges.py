@@ -1,5 +1,7 @@
 """Both graphs as edges that are cut one by one: identities that hold for any model, and work done by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -113,6 +115,37 @@ def test_a_gate_has_the_gradient_of_finite_differences(any_graph, kind):
         step[i, j] = 1e-6
         up, down = (value({**start, group: start[group] + s * step}) for s in (1, -1))
         torch.testing.assert_close(gradients[group][i, j], (up - down) / 2e-6, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["learned", "concat", "none"])
+def test_positions_before_the_first_corrupted_token_may_be_left_out(positions):
+    """Half open gates give the same outputs, and the same gradients, with and without them."""
+    options = load_config(RunConfig, [*SMALL, *GPT2, f"model.positions={positions}", "model.d_pos=4"]).model
+    component = ComponentGraph(Transformer(options, 20, torch.Generator().manual_seed(0)).double())
+    data = prompts()
+    before = torch.arange(9) < torch.tensor([3, 3, 4, 4, 0, 0])[:, None]
+    data = dataclasses.replace(data, corrupted=torch.where(before, data.tokens, data.corrupted))
+    ablation = build_ablation(component.read, "corrupted", [], data)
+    replacements = ablation.replacements(component.read, data, torch.zeros_like(data.tokens))
+    shared = replacements["shared"]
+    assert (shared.sum(1) >= torch.tensor([3, 3, 4, 4, 0, 0])).all() and not shared.all()
+    found = []
+    for named in (replacements, {name: x for name, x in replacements.items() if name != "shared"}):
+        leaves = [gate.double().requires_grad_() for gate in edges.like(component, 0.6).values()]
+        outputs = edges.gated_logits(component, data, dict(zip(component.edges, leaves, strict=True)), named)
+        found.append([outputs, *torch.autograd.grad(outputs.square().sum(), leaves)])
+    for ours, whole in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-12)
+        assert whole.abs().max() > 0
+
+
+def test_partners_that_are_the_prompts_themselves_leave_the_model_as_it_is():
+    component, data = ComponentGraph(build("gpt2")), prompts()
+    data = dataclasses.replace(data, corrupted=data.tokens)
+    nothing = {group: torch.zeros_like(there) for group, there in component.edges.items()}
+    cut = edges.all_answer_logits(component, data, nothing, build_ablation(component.read, "corrupted", [], data))
+    whole = component.model(data.tokens)[torch.arange(6), data.last]
+    torch.testing.assert_close(cut, whole, rtol=0, atol=1e-9)
 
 
 def test_cutting_one_edge_between_components_by_hand():

@@ -17,6 +17,7 @@ FLOORS = [
     {"step"},
     {"train", "pruning", "interop"},
     {"bench", "bridging"},
+    {"sweeping"},
     {"analysis"},
     {"cli"},
     {"__main__", "__init__"},

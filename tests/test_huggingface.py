@@ -13,12 +13,16 @@ import sparsetrain
 from sparsetrain import checkpoint
 from sparsetrain.checkpoint import CheckpointError
 from sparsetrain.cli import main
+from sparsetrain.config import ConfigError
 from sparsetrain.data import DataError, train_tokenizer
 from sparsetrain.interop.huggingface import import_gpt2
+from sparsetrain.prune_config import AttributionOptions, ProbingOptions, PruneConfig
 from sparsetrain.pruning.ablation import build_ablation
 from sparsetrain.pruning.component_graph import ComponentGraph
 from sparsetrain.pruning.edges import all_answer_logits
 from sparsetrain.pruning.measures import full_model_logits, score_tasks
+from sparsetrain.pruning.probing_run import probe_run
+from sparsetrain.pruning.prune import prune
 from sparsetrain.tasks import TASKS, encode_task
 
 with warnings.catch_warnings():
@@ -118,6 +122,16 @@ def test_a_run_has_a_dense_config_and_refuses_what_reads_a_corpus(theirs, tmp_pa
         DataError, match=r"data.source must name a corpus, got none.*mean_task, mean_position, zero, corru"
     ):
         checkpoint.run_corpus(run, config)
+    (run / "model.safetensors").write_bytes(b"no weights, so that reading them fails otherwise")
+    for kind in ("mean_data", "resample"):
+        with pytest.raises(DataError, match="data.source must name a corpus"):
+            prune(run, "ioi", PruneConfig(ablation=kind), "attribution")
+    with pytest.raises(DataError, match="data.source must name a corpus"):
+        probe_run(run, "subject_verb", ProbingOptions(ablation="mean_data"))
+    with pytest.raises(ConfigError, match="must have a gradient at the full model, got zero from kl"):
+        prune(
+            run, "ioi", PruneConfig(ablation="zero", metric="kl", attribution=AttributionOptions("eap")), "attribution"
+        )
 
 
 @pytest.mark.parametrize("kind", ["zero", "mean_task", "mean_position", "corrupted"])

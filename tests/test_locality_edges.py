@@ -57,6 +57,30 @@ def test_weights_held_at_candidates_give_the_same_edges(model):
         assert np.array_equal(one.weights, other.weights)
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_a_share_takes_the_greatest_of_each_matrix(model, held):
+    up = model.blocks[0].mlp.up
+    weight = up.weight.detach().clone()
+    if held:
+        up.hold_((weight != 0).flatten().nonzero().flatten())
+    edges = [p for p in edges_of(model, plan_of(OPTIONS, 5), share=0.1) if p.matrix == "blocks.0.mlp.up.weight"]
+    n = int(0.1 * weight.numel())
+    smallest = weight.abs().flatten().sort(descending=True).values[n - 1]
+    kept = (weight.abs() >= smallest).nonzero().tolist()
+    found = {
+        (i, j + (8 if p.column_class == "positions" else 0))
+        for p in edges
+        for i, j in zip(p.rows, p.columns, strict=True)
+    }
+    assert n == len(kept) and found == {tuple(at) for at in kept}
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_share_out_of_range_is_refused(model, share):
+    with pytest.raises(LocalityError, match=r"must be in \(0, 1\], got"):
+        edges_of(model, plan_of(OPTIONS, 5), share)
+
+
 def test_lengths_by_hand(model):
     plan = plan_of(OPTIONS, 5, sheet=2)
     layout = random_layout(plan, 0)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from planted import planted, random_edges, small_plan
 
 from sparsetrain.locality.cost import Cost, total_cost
-from sparsetrain.locality.fiedler import fiedler_layout, smooth_vectors
+from sparsetrain.locality.fiedler import fiedler_layout, slots_by, smooth_vectors
 from sparsetrain.locality.measures import mean_length
-from sparsetrain.locality.positions import identity, random_layout
+from sparsetrain.locality.positions import identity, random_layout, slot_coordinates
 from sparsetrain.locality.relayout import relayout, swap_gains, sweep
 
 sheets = st.sampled_from([1, 2])
@@ -127,6 +127,13 @@ def test_smooth_vectors_are_those_of_the_normalised_laplacian():
     found = np.concatenate(list(smooth_vectors(edges, plan, 2, 0).values()))
     for one, other in zip(found.T, expected.T, strict=True):
         assert abs(one @ other) / np.linalg.norm(one) / np.linalg.norm(other) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("sheet", [1, 2])
+@pytest.mark.parametrize("n", [1, 5, 12, 49])
+def test_nodes_whose_vectors_are_places_get_these_places(n, sheet):
+    shuffle = np.random.default_rng(0).permutation(n)
+    assert np.array_equal(slots_by(slot_coordinates(n, sheet)[shuffle]), shuffle)
 
 
 @pytest.mark.parametrize("sheet", [1, 2])

@@ -9,7 +9,7 @@ import torch
 from sparsetrain.config import RunConfig, load_config
 from sparsetrain.model import Transformer
 from sparsetrain.prune_config import PruneConfig
-from sparsetrain.pruning import evaluate, graph, node_masks
+from sparsetrain.pruning import evaluate, graph, mask_training, node_masks
 from sparsetrain.pruning.ablation import Ablation, build_ablation, site_reader
 from sparsetrain.pruning.cut import Problem, find, smallest
 from sparsetrain.pruning.measures import measure
@@ -97,6 +97,29 @@ def test_the_known_circuit_is_found(model, data, ablation):
     assert graph.n_edges(model, cut.kept) == 2, "the simplest MLP circuit (Gao et al. 2025, footnote 3)"
 
 
+def test_a_killed_search_goes_on_to_the_same_bits(model, data, ablation, tmp_path, monkeypatch):
+    monkeypatch.setattr(mask_training, "SAVE_EVERY", 7)
+    asked = dataclasses.replace(problem(model, data, ablation, load_config(PruneConfig, QUICK)), state=tmp_path)
+    whole = RANK(dataclasses.replace(asked, state=None))
+    steps = []
+
+    def killed(difference):
+        steps.append(1)
+        if len(steps) == 18:
+            raise KeyboardInterrupt
+        return evaluate.task_losses(difference)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(node_masks, "task_losses", killed)
+        with pytest.raises(KeyboardInterrupt):
+            RANK(asked)
+        resumed = RANK(asked)
+    assert len(steps) == 18 + 30 - 14, "14 steps were saved"
+    assert all(torch.equal(resumed[site], whole[site]) for site in whole)
+    with pytest.raises(mask_training.StateError, match="must be of this training"):
+        RANK(dataclasses.replace(asked, config=dataclasses.replace(asked.config, tie_qk=False)))
+
+
 def test_measures_of_the_known_circuit(model, data, ablation):
     config = load_config(PruneConfig, [*THOROUGH, "node_masks.batch_pairs=16"])
     cut, _, _ = find(problem(model, data, ablation, config), METHOD)
@@ -121,10 +144,14 @@ def test_a_task_that_needs_no_node_has_an_empty_circuit(model, data, ablation):
     assert named(cut.kept) == set()
 
 
-def test_a_search_is_deterministic_and_finds_no_larger_circuit(model, data, ablation):
+def test_a_search_is_deterministic_goes_on_and_finds_no_larger_circuit(model, data, ablation, tmp_path):
     pytest.importorskip("optuna")
     config = load_config(PruneConfig, [*QUICK, "node_masks.search_trials=3"])
-    (first, _, used), (second, _, again) = (find(problem(model, data, ablation, config), METHOD) for _ in range(2))
+    asked = problem(model, data, ablation, config)
+    first, _, used = find(asked, METHOD)
+    find(dataclasses.replace(asked, state=tmp_path), METHOD)
+    (tmp_path / "trial_2" / "node_masks.safetensors").unlink()  # as if it had been killed before the last trial
+    second, _, again = find(dataclasses.replace(asked, state=tmp_path), METHOD)
     assert named(first.kept) == named(second.kept)
     assert used == again
     plain, _, _ = find(problem(model, data, ablation, load_config(PruneConfig, QUICK)), METHOD)

@@ -45,6 +45,14 @@ def test_a_result_with_its_controls_is_saved_and_read_back(run):
     assert dataclasses.replace(again, tau={}) == dataclasses.replace(found, tau={})
 
 
+def test_a_control_whose_labels_are_of_no_use_is_skipped_and_says_why(run, caplog):
+    found = probing_run.probe_run(run, "squares_mod_11", dataclasses.replace(OPTIONS, train_pairs=20, ablation="zero"))
+    assert set(found.controls) == {"a_squared, shuffled", "sum", "difference"}
+    assert "every value of sum must have at least 2 training prompts" in found.controls["sum"]["skipped"]
+    assert "the control sum is skipped" in caplog.text
+    assert "n_neurons" in found.controls["difference"], "another control is searched for all the same"
+
+
 def test_a_run_of_searches_that_was_killed_goes_on(run, monkeypatch):
     options = dataclasses.replace(OPTIONS, variable="minus_b_squared", ablation="zero")
     whole = probing_run.probe_run(run, "squares_mod_11", options)

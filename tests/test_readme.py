@@ -71,6 +71,16 @@ def test_the_python_example_runs(tiny_run, tmp_path, monkeypatch):
     assert names["circuit"].task == "single_double_quote"
 
 
+def test_the_example_of_ranked_edges_runs(tiny_run, tmp_path, monkeypatch, capsys):
+    (code,) = (block for block in blocks("python") if "attribution.rank" in block)
+    shutil.copytree(tiny_run, tmp_path / "runs" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert len(names["best"]) == 10
+    assert str(names["best"][0]) in capsys.readouterr().out
+
+
 def test_the_tree_is_the_house_in_both_directions():
     tree = README.split("## The house")[1].split("```")[1]
     named, folder, inside = set(), "", ""

@@ -4,7 +4,6 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def _ranker(rank: Callable[..., EdgeSet], metric: Metric, options: Any) -> Ranke
     """A method with a metric and options; of attributions the size counts, as it does in the publications."""
 
     def ranked(graph: EdgeGraph, data: TaskData, ablation: Ablation, seed: int) -> EdgeSet:
-        scores = rank(graph, data, ablation, metric, replace(options, seed=seed))
+        scores = rank(graph, data, ablation, metric, options, seed)
         return {group: x.abs() if rank is attribution.rank else x for group, x in scores.items()}
 
     return ranked

@@ -8,14 +8,16 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command can be told."""
     parser.add_argument(
-        "what", nargs="?", choices=("kernels", "step", "rules", "circuits"), default="kernels",
+        "what", nargs="?", choices=("kernels", "step", "rules", "circuits", "bridge", "bimt"), default="kernels",
         help="kernels (default): each op; step: whole training steps; rules: losses under different training rules; "
-        "circuits: methods that rank edges, on circuits that are known",
+        "circuits: methods that rank edges, on circuits that are known; bridge: what a step with a bridge "
+        "costs; bimt: brain-inspired modular training",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--quick", action="store_true", help="small sizes: seconds in place of minutes")
-    parser.add_argument("--seeds", type=int, default=3, help="for circuits: seeds of the methods that draw (default 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="for circuits and bimt: how many (default 3)")
+    parser.add_argument("--experiments", nargs="+", default=(), metavar="NAME", help="for bimt (default: all seven)")
     parser.add_argument(
         "--programs", type=Path, metavar="PATH",
         help="for circuits: a .py file of RASP programs (needs tracr-pypi), or a folder of compiled ones",
@@ -43,9 +45,11 @@ def command(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise BenchError("--device must be auto or cpu on a machine without a CUDA device, got cuda")
-    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    on_cpu = options.device == "cpu" or options.what == "bimt" or not torch.cuda.is_available()
+    device = torch.device("cpu" if on_cpu else "cuda")
     publish = None if options.publish is None else Path(options.publish)
-    print(run.bench(options.what, device, Path(options.out), options.quick, publish, options.programs, options.seeds))
+    only = (options.programs, options.seeds, options.experiments)
+    print(run.bench(options.what, device, Path(options.out), options.quick, publish, *only))
 
 
 if __name__ == "__main__":

@@ -115,13 +115,17 @@ def normalised_error(found: Tensor, target: Tensor) -> Tensor:
 
 
 def kl(wanted: Tensor, logits: Tensor) -> Tensor:
-    """KL (B, T), in nats, of the tokens that `logits` predict from those of `wanted`, over the logits both have.
+    """KL (B, T), in nats, of what `logits` (B, T, V or more) predict from log-probabilities `wanted` (B, T, V).
 
-    Both are (B, T, V); one may have more than the other, of rows that stand for no token.
+    Logits beyond V, which a model may have for rows that stand for no token, are left out.
     """
-    n = min(wanted.shape[-1], logits.shape[-1])
-    log_p, log_q = F.log_softmax(wanted[..., :n], -1), F.log_softmax(logits[..., :n], -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    found = F.log_softmax(logits[..., : wanted.shape[-1]], -1)
+    return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+
+
+def log_probabilities(logits: Tensor, *models: Residuals) -> Tensor:
+    """Log-probabilities (B, T, V) over the V logits that all these models have."""
+    return F.log_softmax(logits[..., : min(model.vocab_size for model in models)], -1)
 
 
 def spread_rows(n_rows: int, n_sites: int, shift: int, device: torch.device) -> list[Tensor]:
@@ -137,7 +141,7 @@ def hybrid_kl(
 
     Args:
         entering: for a site, rows of the batch and their residual there.
-        wanted: (B, T, V): the dense model's logits.
+        wanted: (B, T, V): the dense model's log-probabilities.
     """
     return len(entering) * kl(wanted, model.enter(tokens, entering)).mean()
 
@@ -163,7 +167,8 @@ def bridge_losses(
         `nmse_to_sparse`, `nmse_to_dense`, `kl_to_sparse` and `kl_to_dense`, 0-d.
     """
     with torch.no_grad():
-        h_dense, wanted = dense.run(tokens)
+        h_dense, logits = dense.run(tokens)
+        wanted = log_probabilities(logits, sparse, dense)
     bridge.follow_(h_sparse)
     rows = spread_rows(len(tokens), len(bridge.pairs), shift, tokens.device)
     nmse = {"to_sparse": [], "to_dense": []}

@@ -1,6 +1,5 @@
 """A dense model for a bridge: our own transformer, or any causal language model of Hugging Face."""
 
-import logging
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -9,11 +8,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from sparsetrain.bridging.residuals import BridgeError, Edit, Entering, Entrance, Residuals, check_names, hooked
+from sparsetrain.bridging.residuals import Edit, Entering, Entrance, Residuals, check_names, hooked
 from sparsetrain.checkpoint import load
 from sparsetrain.model import Transformer
-
-log = logging.getLogger(__name__)
 
 
 class OwnModel:
@@ -50,6 +47,14 @@ class OwnModel:
         inside = {name: edit for name, edit in edits.items() if name != "final_in"}
         with hooked([(self.model.norm, "out", _edit(edits["final_in"]))] if "final_in" in edits else []):
             return self.model.run(tokens, edits=inside)[0]
+
+    def normed(self, read: str, resid: Tensor) -> Tensor:
+        """See `Residuals.normed`; without concatenated positions."""
+        if read == "final_in":
+            return self.model.norm(resid)
+        _, l, kind = read.split(".")
+        sublayer = "attn" if kind == "attn_in" else "mlp"
+        return self.model.blocks[int(l)].get_submodule(sublayer).norm.resid(resid)
 
 
 def _keep(seen: dict[str, Tensor], module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:

@@ -1,7 +1,8 @@
 """Any causal language model of Hugging Face as `Residuals`, proven on a few tokens when it is built."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from sparsetrain.bridging.hf_blocks import (
-    Sublayers, close, find_blocks, find_sublayers, is_norm, stream, with_stream, with_written, written,
-)  # fmt: skip
+from sparsetrain.bridging.hf_blocks import close, find_blocks, find_final_norm, find_list
+from sparsetrain.bridging.hf_hooks import change, enter_block, keep, steer_block
 from sparsetrain.bridging.residuals import BridgeError, Edit, Entering, Entrance, check_names, hooked
 from sparsetrain.interop.huggingface import finder, found
 
@@ -37,22 +37,24 @@ class HfModel:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, tokenizer: Tokenizer):
-        self.blocks = find_blocks(model)
+        modules = find_list(model)
+        _check_precision(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        config = model.config.get_text_config()
-        self.n_ctx = getattr(config, "max_position_embeddings", None)
-        _check_precision(model)
-        tokens = self._probe_tokens(config.vocab_size)
-        self.sublayers = self._find_sublayers(tokens)
-        self.per_block = any(s.mid is None for s in self.sublayers)
-        self.final_norm = self._find_final_norm(tokens)
-        self.sites = self._sites()
-        self.reads = self._reads()
+        self.n_ctx = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        tokens = self._probe_tokens(2 * len(modules) + 1)
+        self.blocks = find_blocks(modules, lambda: self._logits(tokens[:2]))
+        self.parallel = [b.index for b in self.blocks if b.mid is None]
+        if self.parallel:
+            self.blocks = [replace(b, write=None, mid=None) for b in self.blocks]
+        self._last = modules[-1]
+        self._norms = self._find_norms(find_final_norm(model, modules, lambda: self._logits(tokens[:1])))
+        self._places = self._find_places()
+        self.sites, self.reads = tuple(self._places), tuple(self._norms)
         residuals, logits = self.run(tokens)
         self.width, self.vocab_size = residuals["final_resid"].shape[-1], logits.shape[-1]
-        self.grows = self._passes(tokens, residuals, logits, grows=True) is None
-        if not self.grows and (trouble := self._passes(tokens, residuals, logits, grows=False)):
+        self.grows = self._trouble(tokens, residuals, logits, grows=True) is None
+        if not self.grows and (trouble := self._trouble(tokens, residuals, logits, grows=False)):
             raise BridgeError(trouble)
         self._report()
 
@@ -60,16 +62,14 @@ class HfModel:
         """See `Residuals.run`.
 
         Raises:
-            BridgeError: the residual is not finite, at which site first.
+            BridgeError: the residual is not finite, and at which site first.
         """
         check_names(self, read)
         seen: dict[str, Tensor] = {}
-        hooks = [(module, at, _keep(seen, site)) for site, (module, at) in self._places().items()]
-        hooks += [(self._norm(name), "out", _keep(seen, name)) for name in read if name in self.reads]
-        with hooked(hooks):
+        places = {**self._places, **{name: (self._norms[name], "out") for name in {*read} - {*self.sites}}}
+        with hooked([keep(seen, name, *place) for name, place in places.items()]):
             logits = self._logits(tokens)
-        shape = seen["final_resid"].shape
-        seen = {name: seen[name].reshape(shape) for name in (*self.sites, *(n for n in read if n in self.reads))}
+        seen = {name: seen[name].reshape(seen["final_resid"].shape) for name in places}
         _check_finite(seen)
         return seen, logits
 
@@ -79,194 +79,86 @@ class HfModel:
         return self._enter(tokens, entering, self.grows)
 
     def steer(self, tokens: Tensor, edits: Mapping[str, Edit]) -> Tensor:
-        """See `Residuals.steer`. Each edit between attention and MLP runs its block's attention twice."""
+        """See `Residuals.steer`. An edit between attention and MLP has that block's attention run twice."""
         check_names(self, edits)
-        hooks = [(self._norm(name), "out", _edit_out(edits[name])) for name in edits if name in self.reads]
-        for l, block in enumerate(self.blocks):
-            hooks += self._steer_block(l, block, edits)
+        hooks = [change(norm, edits[name]) for name, norm in self._norms.items() if name in edits]
+        for block in self.blocks:
+            hooks += steer_block(block, edits)
         if "final_resid" in edits:
-            hooks.append((self.blocks[-1], "out", _edit_out(edits["final_resid"])))
+            hooks.append(change(self._last, edits["final_resid"]))
         with hooked(hooks):
             return self._logits(tokens)
+
+    def normed(self, read: str, resid: Tensor) -> Tensor:
+        """See `Residuals.normed`."""
+        return self._norm(read)(resid)
 
     def _logits(self, tokens: Tensor) -> Tensor:
         return self.model(input_ids=tokens, use_cache=False).logits
 
     def _enter(self, tokens: Tensor, entering: Entering, grows: bool) -> Tensor:
         batch = Entrance(self, tokens, entering, grows)
-        hooks = []
-        for l, block in enumerate(self.blocks):
-            hooks += self._enter_block(l, block, batch)
-
-        def at_end(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
-            return with_written(out, batch.in_order(batch.put("final_resid", written(out))))
-
-        with hooked([*hooks, (self.blocks[-1], "out", at_end)]):
+        hooks = [hook for block in self.blocks for hook in enter_block(block, batch)]
+        hooks.append(change(self._last, lambda x: batch.in_order(batch.put("final_resid", x))))
+        with hooked(hooks):
             return self._logits(batch.tokens)
 
-    def _enter_block(self, l: int, block: nn.Module, batch: Entrance) -> list[tuple[nn.Module, str, Callable]]:
-        """Rows enter where a block begins; those that enter between attention and MLP too, with attention silent."""
-        pre, mid = f"blocks.{l}.resid_pre", f"blocks.{l}.resid_mid"
-        size = 0
-
-        def at_start(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            nonlocal size
-            x = batch.put(mid, batch.put(pre, stream(args, kwargs)))
-            size = len(x)
-            return with_stream(args, kwargs, x)
-
-        def silence(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
-            x = written(out)
-            rows = x.reshape(size, -1).index_fill(0, batch.rows_at(mid, size), 0)
-            return with_written(out, rows.reshape(x.shape))
-
-        hooks: list = [(block, "in", at_start)] if {pre, mid} & batch.entering.keys() else []
-        return hooks + ([(self._writer(l), "out", silence)] if mid in batch.entering else [])
-
-    def _steer_block(
-        self, l: int, block: nn.Module, edits: Mapping[str, Edit]
-    ) -> list[tuple[nn.Module, str, Callable]]:
-        """What edits the residual where a block begins, and between its attention and its MLP.
-
-        For the latter the block runs up to there first; then what the edit gives enters it with attention silent.
-        """
-        pre, mid = edits.get(f"blocks.{l}.resid_pre"), edits.get(f"blocks.{l}.resid_mid")
-        silent = False
-
-        def at_start(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            nonlocal silent
-            silent = False
-            if pre:
-                args, kwargs = with_stream(args, kwargs, pre(stream(args, kwargs)))
-            if mid:
-                x = stream(args, kwargs)
-                args, kwargs = with_stream(args, kwargs, mid(self._reach_mid(l, args, kwargs).reshape(x.shape)))
-                silent = True
-            return args, kwargs
-
-        def silence(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
-            return with_written(out, torch.zeros_like(written(out))) if silent else None
-
-        hooks: list = [(block, "in", at_start)] if pre or mid else []
-        return hooks + ([(self._writer(l), "out", silence)] if mid else [])
-
-    def _reach_mid(self, l: int, args: tuple, kwargs: dict) -> Tensor:
-        """The residual between a block's attention and its MLP, run up to there."""
-
-        def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            raise _Reached(stream(args, kwargs))
-
-        try:
-            with hooked([(self._reader(l), "in", stop)]):
-                self.blocks[l].forward(*args, **kwargs)
-        except _Reached as reached:
-            return reached.x
-        raise AssertionError("a block was run that does not reach its MLP")
-
-    def _places(self) -> dict[str, tuple[nn.Module, str]]:
+    def _find_places(self) -> dict[str, tuple[nn.Module, str]]:
         """For every site, the module at whose input or output it is."""
-        found_at: dict[str, tuple[nn.Module, str]] = {}
-        for l, block in enumerate(self.blocks):
-            found_at[f"blocks.{l}.resid_pre"] = block, "in"
-            if not self.per_block:
-                found_at[f"blocks.{l}.resid_mid"] = self._reader(l), "in"
-        return {**found_at, "final_resid": (self.blocks[-1], "out")}
+        places: dict[str, tuple[nn.Module, str]] = {}
+        for block in self.blocks:
+            places[block.resid_pre] = block.module, "in"
+            if block.mid:
+                places[block.resid_mid] = block.mid, "in"
+        return {**places, "final_resid": (self._last, "out")}
 
-    def _sites(self) -> tuple[str, ...]:
-        return tuple(self._places())
+    def _find_norms(self, final: nn.Module | None) -> dict[str, nn.Module]:
+        """For every read, its norm."""
+        norms = {}
+        for block in self.blocks:
+            norms[f"blocks.{block.index}.attn_in"] = block.attn_norm
+            norms[f"blocks.{block.index}.mlp_in"] = block.mlp_norm
+        return {name: norm for name, norm in {**norms, "final_in": final}.items() if norm is not None}
 
-    def _reads(self) -> tuple[str, ...]:
-        names = []
-        for l, s in enumerate(self.sublayers):
-            names += [f"blocks.{l}.attn_in"] * bool(s.attn_norm) + [f"blocks.{l}.mlp_in"] * bool(s.mlp_norm)
-        return (*names, *["final_in"] * bool(self.final_norm))
-
-    def _norm(self, read: str) -> nn.Module:
-        if read == "final_in":
-            return self.final_norm
-        _, l, kind = read.split(".")
-        return self.blocks[int(l)].get_submodule(getattr(self.sublayers[int(l)], kind.replace("_in", "_norm")))
-
-    def _writer(self, l: int) -> nn.Module:
-        return self.blocks[l].get_submodule(self.sublayers[l].write)
-
-    def _reader(self, l: int) -> nn.Module:
-        return self.blocks[l].get_submodule(self.sublayers[l].mid)
-
-    def _probe_tokens(self, n_tokens: int) -> Tensor:
-        """(2L + 1, T): a sequence for every site there can be."""
-        shape = 2 * len(self.blocks) + 1, min(PROBE_TOKENS, self.n_ctx or PROBE_TOKENS)
+    def _probe_tokens(self, n: int) -> Tensor:
+        """(n, T): a sequence for every site there can be."""
+        n_tokens = self.model.get_input_embeddings().num_embeddings
+        length = min(PROBE_TOKENS, self.n_ctx or PROBE_TOKENS)
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(n_tokens, shape, generator=generator).to(self.model.device)
+        return torch.randint(n_tokens, (n, length), generator=generator).to(self.model.device)
 
-    def _find_sublayers(self, tokens: Tensor) -> list[Sublayers]:
-        found: list[Sublayers] = []
-
-        def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            found.append(find_sublayers(module, args, kwargs, found[-1] if found else Sublayers()))
-
-        with hooked([(block, "in", look) for block in self.blocks]):
-            self._logits(tokens[:2])
-        return found
-
-    def _find_final_norm(self, tokens: Tensor) -> nn.Module | None:
-        """The norm that reads what the last block gives."""
-        inside = {m for m in self.blocks.modules()}
-        last: list[Tensor] = []
-        norms: list[nn.Module] = []
-
-        def at_end(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-            last.append(written(out))
-
-        def look(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-            if last and (args or kwargs) and stream(args, kwargs) is last[0] and out.shape == last[0].shape:
-                norms.append(module)
-
-        outside = [m for m in self.model.modules() if m not in inside and is_norm(m)]
-        with hooked([(self.blocks[-1], "out", at_end), *((m, "out", look) for m in outside)]):
-            self._logits(tokens[:1])
-        return norms[0] if norms else None
-
-    def _passes(self, tokens: Tensor, residuals: dict[str, Tensor], logits: Tensor, grows: bool) -> str | None:
+    def _trouble(self, tokens: Tensor, residuals: dict[str, Tensor], logits: Tensor, grows: bool) -> str | None:
         """Why a hybrid pass does not do what it should, or None.
 
         Row i enters at site i with the residual of row i + 1, whose logits must come of it.
         """
-        n = len(self.sites)
+        name, n = type(self.model).__name__, len(self.sites)
         rows = torch.arange(n, device=tokens.device)
         others = rows.roll(-1)
         entering = {s: (rows[i : i + 1], residuals[s][others[i : i + 1]]) for i, s in enumerate(self.sites)}
         try:
             out = self._enter(tokens[:n], entering, grows)
         except (RuntimeError, ValueError, IndexError) as error:  # a model that wants the batch it began with
-            return f"the residual of {type(self.model).__name__} must be replaceable, got {error}"
-        wrong = [s for i, s in enumerate(self.sites) if not close(out[i], logits[others[i]])]
+            return f"the residual of {name} must be replaceable at {', '.join(self.sites)}, got {error}"
+        wrong = [i for i in range(n) if not close(out[i], logits[others[i]])]
         if not wrong:
             return None
-        off = max((out[i] - logits[others[i]]).abs().max().item() for i in range(n))
+        off = (out[wrong[0]] - logits[others[wrong[0]]]).abs().max().item()
         return (
-            f"what {type(self.model).__name__} does from {wrong[0]} onward must follow from the residual there, got "
-            f"logits that differ by up to {off:.2g} when it is replaced there by that of another sequence"
+            f"what {name} does from {self.sites[wrong[0]]} onward must follow from the residual there, got logits that "
+            f"are off by up to {off:.2g} with the residual of another sequence there"
         )
 
     def _report(self) -> None:
         name, n = type(self.model).__name__, len(self.blocks)
-        if self.per_block:
-            parallel = [l for l, s in enumerate(self.sublayers) if s.mid is None]
+        if self.parallel:
             log.info(
-                "%s: attention and MLP of %s add to the residual at once (or nothing between them can be replaced), "
-                "so there is a site per block: %d, not %d",
-                name, "all blocks" if len(parallel) == n else f"blocks {parallel}", n + 1, 2 * n + 1,
+                "%s: attention and MLP of %s add to the residual at once, or nothing between them can be replaced; "
+                "there is a site per block: %d, not %d",
+                name, "all blocks" if len(self.parallel) == n else f"blocks {self.parallel}", n + 1, 2 * n + 1,
             )  # fmt: skip
         if not self.grows:
             log.info("%s: hybrid passes run whole batches, at twice the cost: its batch cannot grow on the way", name)
-
-
-class _Reached(Exception):
-    """A block was run as far as it had to be."""
-
-    def __init__(self, x: Tensor):
-        self.x = x
 
 
 def load_hf(source: str | Path, device: str | torch.device = "cpu") -> HfModel:
@@ -299,31 +191,17 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 
 def _check_precision(model: nn.Module) -> None:
-    kinds = {p.dtype for p in model.parameters()} - {torch.float32}
-    if kinds:
+    if others := {str(p.dtype) for p in model.parameters()} - {"torch.float32"}:
         raise BridgeError(
-            f"the dense model must be in float32, got {', '.join(sorted(map(str, kinds)))}; "
-            "call its float(), or load it with load_dense, which does"
+            f"the dense model must be in float32, got {', '.join(sorted(others))}; call its float(), or load it with "
+            "load_dense, which does"
         )
 
 
-def _check_finite(seen: Mapping[str, Tensor]) -> None:
+def _check_finite(seen: Mapping[str, Any]) -> None:
     if not bool(seen["final_resid"].isfinite().all()):  # once it is not finite it stays so
         first = next(name for name, x in seen.items() if not bool(x.isfinite().all()))
         raise BridgeError(
             f"the dense model's residual must be finite, got infinite values or NaN first at {first}; its weights may "
             "have been damaged, or have overflowed in half precision before they were saved"
         )
-
-
-def _keep(seen: dict[str, Tensor], name: str) -> Callable:
-    """A hook, of an input or an output, that keeps the residual stream there."""
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict, *out: Any) -> None:
-        seen[name] = written(out[0]) if out else stream(args, kwargs)
-
-    return hook
-
-
-def _edit_out(edit: Edit) -> Callable:
-    return lambda module, args, kwargs, out: with_written(out, edit(written(out)))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetrain.bridging.bridge import Bridge, kl
+from sparsetrain.bridging.bridge import Bridge, kl, log_probabilities
 from sparsetrain.bridging.residuals import Residuals
 
 
@@ -58,9 +58,10 @@ def quality(
 
     for tokens, targets in batches:
         n_tokens += tokens.numel()
-        (h_sparse, logits), (h_dense, wanted) = sparse.run(tokens), dense.run(tokens)
-        add("sparse", logits, targets, wanted)
-        add("dense", wanted, targets, wanted)
+        (h_sparse, sparse_logits), (h_dense, dense_logits) = sparse.run(tokens), dense.run(tokens)
+        wanted = log_probabilities(dense_logits, sparse, dense)
+        add("sparse", sparse_logits, targets, wanted)
+        add("dense", dense_logits, targets, wanted)
         everyone = torch.arange(len(tokens), device=tokens.device)
         for i, pair in enumerate(bridge.pairs):
             s, d = h_sparse[pair.sparse], h_dense[pair.dense]

@@ -25,7 +25,8 @@ from sparsetrain.bridging.dense import OwnModel, load_dense
 from sparsetrain.bridging.fitting import Fitting
 from sparsetrain.bridging.quality import quality, worst
 from sparsetrain.bridging.regression import regress_
-from sparsetrain.bridging.residuals import Residuals, same_tokens
+from sparsetrain.bridging.residuals import Residuals
+from sparsetrain.bridging.same_tokens import same_tokens
 from sparsetrain.config import ConfigError, config_to_yaml, load_config
 from sparsetrain.data import Corpus, batch, evaluation_batches, prepare
 from sparsetrain.files import write_json, write_whole

@@ -47,19 +47,27 @@ class Piece:
 Edges = list[Piece]
 
 
-def edges_of(model: nn.Module, plan: Plan) -> Edges:
+def edges_of(model: nn.Module, plan: Plan, share: float = 1.0) -> Edges:
     """The edges of a model, whose weights may be dense or held at candidates.
+
+    Args:
+        model: with the plan's matrices among its parameters.
+        plan: of this architecture.
+        share: of a matrix' entries, that are taken at most: the greatest magnitudes. While a model is still dense, the
+            density it shall reach says which edges it is likely to keep, and saves the memory of all the others.
 
     Raises:
         LocalityError: a matrix has no nonzeros, or has not the shape of its classes.
     """
     held = {f"{name}.weight": m.held() for name, m in model.named_modules() if isinstance(m, Linear)}
-    return edges_of_tensors({**dict(model.named_parameters()), **held}, plan)
+    return edges_of_tensors({**dict(model.named_parameters()), **held}, plan, share)
 
 
-def edges_of_tensors(weights: Mapping[str, Tensor | SparseWeight], plan: Plan) -> Edges:
+def edges_of_tensors(weights: Mapping[str, Tensor | SparseWeight], plan: Plan, share: float = 1.0) -> Edges:
     """The edges of weights by parameter name; the others are passed over. See `edges_of`."""
-    return [piece for m in plan.matrices for piece in _pieces(plan, m, weights[m.name])]
+    if not 0 < share <= 1:
+        raise LocalityError(f"the share of entries that become edges must be in (0, 1], got {share}")
+    return [piece for m in plan.matrices for piece in _pieces(plan, m, weights[m.name], share)]
 
 
 def numbered(edges: Edges, plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -79,14 +87,14 @@ def row_parts(plan: Plan, m: Matrix) -> list[tuple[str, int, int]]:
     return _spans(plan, m.rows)
 
 
-def _pieces(plan: Plan, m: Matrix, weight: Tensor | SparseWeight) -> Edges:
+def _pieces(plan: Plan, m: Matrix, weight: Tensor | SparseWeight, share: float) -> Edges:
     rows_of, columns_of = _spans(plan, m.rows), _spans(plan, m.columns)
     expected = (rows_of[-1][2], columns_of[-1][2])
     if tuple(weight.shape) != expected:
         raise LocalityError(
             f"{m.name} must have shape {expected}, got {tuple(weight.shape)}; the layout is of another architecture"
         )
-    rows, columns, values = _nonzeros(weight)
+    rows, columns, values = _nonzeros(weight, max(1, int(share * expected[0] * expected[1])))
     if not len(values):
         raise LocalityError(f"{m.name} must have nonzero weights to be laid out, got none; train without locality")
     found = []
@@ -105,14 +113,22 @@ def _spans(plan: Plan, classes: tuple[str, ...]) -> list[tuple[str, int, int]]:
     return list(zip(classes, [0, *ends[:-1]], ends, strict=True))
 
 
-def _nonzeros(weight: Tensor | SparseWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row, column and magnitude of what is not zero."""
+def _nonzeros(weight: Tensor | SparseWeight, at_most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, column and magnitude of what is not zero, row by row; of more than `at_most` the greatest."""
     if isinstance(weight, SparseWeight):
-        rows, columns, values = weight.row_of_each(), weight.rows.indices.long(), weight.values.detach()
-        kept = values != 0
-        rows, columns, values = rows[kept], columns[kept], values[kept]
+        at, values = weight.row_of_each() * weight.shape[1] + weight.rows.indices, weight.values.detach()
+        kept = _greatest(values, at_most)
+        at, values = at[kept], values[kept]
     else:
-        weight = weight.detach()
-        rows, columns = weight.nonzero(as_tuple=True)
-        values = weight[rows, columns]
-    return rows.cpu().numpy(), columns.cpu().numpy(), values.abs().double().cpu().numpy()
+        values = weight.detach().flatten()
+        at = _greatest(values, at_most)
+        values = values[at]
+    rows, columns = (x.cpu().numpy() for x in (at // weight.shape[1], at % weight.shape[1]))
+    return rows, columns, values.abs().double().cpu().numpy()
+
+
+def _greatest(values: Tensor, at_most: int) -> Tensor:
+    """The indices, ascending, of the nonzeros among these values, or of those that are greatest in magnitude."""
+    if int(values.count_nonzero()) > at_most:
+        return values.abs().topk(at_most, sorted=False).indices.sort().values
+    return values.nonzero().flatten()

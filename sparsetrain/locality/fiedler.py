@@ -73,13 +73,16 @@ def _leading(a: np.ndarray, b: np.ndarray, weights: np.ndarray, n: int, n_vector
 def _sorted(vectors: np.ndarray, c: NodeClass, heads: np.ndarray | None) -> np.ndarray:
     """The slot of each node of a class, by its vectors (n, sheet), and those of its heads."""
     if heads is None:
-        return _ranks(vectors)
-    within = np.stack([_ranks(v) for v in vectors.reshape(-1, c.block, vectors.shape[1])])
-    return (_ranks(heads)[:, None] * c.block + within).ravel()
+        return slots_by(vectors)
+    within = np.stack([slots_by(v) for v in vectors.reshape(-1, c.block, vectors.shape[1])])
+    return (slots_by(heads)[:, None] * c.block + within).ravel()
 
 
-def _ranks(vectors: np.ndarray) -> np.ndarray:
-    """Slots on a line by the first vector; on a square the row by the second one, and in the row by the first."""
+def slots_by(vectors: np.ndarray) -> np.ndarray:
+    """The slot of each node by its vectors (n, sheet).
+
+    On a line by the only vector; on a square the second one says the row, and within the row the first the place.
+    """
     n, sheet = vectors.shape
     order = np.argsort(vectors[:, -1], kind="stable")
     if sheet == 2:

@@ -21,9 +21,9 @@ def modularity_measures(edges: Edges, layout: Layout, seeds: Sequence[int] = (0,
 
     Returns:
         `q` and `n_communities` (of two nodes and more), as Louvain finds them; `null`, a list, Q of each shuffle;
-        `z`, how many standard deviations of the null q lies above its mean; `spread`, the mean distance along each
-        axis of the sheet between two nodes of a community, to that between any two nodes: near 0 if communities are
-        places, near 1 if they have nothing to do with places.
+        `z`, how many standard deviations of the null q lies above its mean (0 if the null does not vary); `spread`, the
+        mean distance along each axis of the sheet between two nodes of a community, to that between any two nodes:
+        near 0 if communities are places, near 1 if they have nothing to do with places.
 
     Raises:
         LocalityError: there are fewer than two seeds.
@@ -34,11 +34,12 @@ def modularity_measures(edges: Edges, layout: Layout, seeds: Sequence[int] = (0,
         raise LocalityError(f"the null must have two seeds or more, got {len(seeds)}; z needs a deviation")
     q, communities = _louvain(edges, layout.plan, seeds[0])
     null = [_louvain(shuffled(edges, seed), layout.plan, seed)[0] for seed in seeds]
+    deviation = float(np.std(null, ddof=1))
     return {
         "q": q,
         "n_communities": len(communities),
         "null": null,
-        "z": (q - float(np.mean(null))) / float(np.std(null, ddof=1)),
+        "z": (q - float(np.mean(null))) / deviation if deviation else 0.0,
         "spread": _spread(communities, layout),
     }
 
@@ -59,7 +60,8 @@ def _spread(communities: list[list[int]], layout: Layout) -> float:
     places = np.concatenate([layout.coordinates(name) for name in layout.plan.classes])
     parts = [places[nodes] for nodes in communities]
     sizes = [len(part) for part in parts]
-    return float(np.average([mean_pairwise(p) for p in parts], weights=sizes) / mean_pairwise(np.concatenate(parts)))
+    whole = mean_pairwise(np.concatenate(parts))
+    return float(np.average([mean_pairwise(p) for p in parts], weights=sizes)) / whole if whole else 1.0
 
 
 def mean_pairwise(places: np.ndarray) -> float:

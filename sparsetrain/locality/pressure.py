@@ -4,6 +4,7 @@ Coordinates are those of a matrix's rows (M, sheet) and columns (K, sheet), see 
 weight (M, K) is held at candidates alone, `at` names them, and what is returned is (E,) as its values are.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -13,7 +14,6 @@ from torch import Tensor
 from sparsetrain.locality.positions import LocalityError
 
 At = tuple[Tensor, Tensor]
-GREATEST_BETA = 160.0  # its half is the greatest power of e in float32, less room for the product of two axes
 
 
 def distances(rows: Tensor, columns: Tensor, at: At | None = None) -> Tensor:
@@ -35,28 +35,16 @@ def distances(rows: Tensor, columns: Tensor, at: At | None = None) -> Tensor:
 def distance_factor(rows: Tensor, columns: Tensor, beta: float, at: At | None = None) -> Tensor:
     """exp(-beta d), what magnitudes are multiplied with before the greatest are kept: (M, K), or (E,) with `at`.
 
-    exp(-beta |x - y|) is the smaller of exp(beta (x - y)) and its inverse, both outer products: M + K exponentials.
-
     Args:
         rows, columns, at: see `distances`.
         beta: 0 or more; 0 is no pressure, 4 is strong.
 
     Raises:
-        LocalityError: beta is negative, or above 160, where float32 overflows.
+        LocalityError: beta is negative or not finite.
     """
-    if not 0 <= beta <= GREATEST_BETA:
-        raise LocalityError(f"beta must be in [0, {GREATEST_BETA:g}], got {beta}; 4 is strong")
-    total = None
-    for x, y in zip(rows.T, columns.T, strict=True):
-        up, down = ((beta * (x - 0.5)).exp(), (-beta * (y - 0.5)).exp())
-        if at is None:
-            factor = torch.minimum(torch.outer(up, down), torch.outer(1 / up, 1 / down))
-        else:
-            there = up[at[0]] * down[at[1]]
-            factor = torch.minimum(there, 1 / there)
-        total = factor if total is None else total.mul_(factor)
-    assert total is not None
-    return total
+    if not 0 <= beta < math.inf:
+        raise LocalityError(f"beta must be 0 or more and finite, got {beta}; 4 is strong")
+    return distances(rows, columns, at).mul_(-beta).exp_()
 
 
 def scale_of(weight: Tensor) -> Tensor:
@@ -98,7 +86,7 @@ def shrink_(weight: Tensor, distance: Tensor, amount: float) -> None:
     if not amount >= 0:
         raise LocalityError(f"the amount to shrink by must be 0 or more, got {amount}")
     less = distance * (amount * scale_of(weight))
-    weight.copy_(weight.sign() * (weight.abs() - less).clamp_(min=0))
+    weight.sub_(torch.clamp(weight, -less, less))
 
 
 def published_cost(

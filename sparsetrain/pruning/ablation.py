@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sparsetrain.config import RunConfig, load_config
+from sparsetrain.data import require_source
 from sparsetrain.model import Transformer
 from sparsetrain.tasks import TaskData, TaskError
 
 BATCH = 64  # prompts in one forward pass
+OF_CORPUS = ("mean_data", "resample")  # ablations that read the corpus a model was trained on
 BANK = 512  # places of the corpus kept for resampling
 
 AblationKind = Literal["mean_data", "mean_task", "mean_position", "zero", "resample", "corrupted"]
@@ -38,6 +42,9 @@ class Ablation:
     def replacements(self, read: Read, data: TaskData, places: Tensor) -> dict[str, Tensor]:
         """For each name what replaces the activations of these prompts; it broadcasts over (..., N, T, width).
 
+        Under `corrupted` there is `shared` too, (N, T) booleans: where a prompt has been its partner so far, so that a
+        causal model does the same on both; or where it has ended.
+
         Args:
             read: what the ablation was built with; only `corrupted` runs it.
             data: N prompts of T tokens.
@@ -46,13 +53,24 @@ class Ablation:
         n_tokens = data.tokens.shape[1]
         if self.kind == "corrupted":
             with torch.no_grad():
-                return read(data.corrupted[:, :n_tokens])
+                return {**read(data.corrupted[:, :n_tokens]), "shared": _shared(data)}
         if self.kind == "resample":
             return {name: bank[..., places[:, :n_tokens], :] for name, bank in self.values.items()}
         if self.kind == "mean_position":
             at = torch.arange(n_tokens, device=data.tokens.device)  # positions past the last mean take that one
             return {name: m[..., None, at.clamp(max=m.shape[-2] - 1), :] for name, m in self.values.items()}
         return {name: mean[..., None, None, :] for name, mean in self.values.items()}
+
+
+def refuse_without_corpus(run: Path, kind: AblationKind) -> None:
+    """Raise if an ablation reads the corpus and a run has none; of the run only the config is read.
+
+    Raises:
+        DataError: `data.source` is none, as for imported models.
+    """
+    config = next((file for file in (run / "model" / "config.yaml", run / "config.yaml") if file.exists()), None)
+    if kind in OF_CORPUS and config is not None:
+        require_source(load_config(RunConfig, [str(config)]).data)
 
 
 def site_reader(model: Transformer, sites: Collection[str]) -> Read:
@@ -128,6 +146,12 @@ def draw_places(ablation: Ablation, tokens: Tensor, generator: torch.Generator) 
         return torch.zeros_like(tokens)
     n = next(iter(ablation.values.values())).shape[-2]
     return torch.randint(n, tokens.shape, generator=generator).to(tokens.device)
+
+
+def _shared(data: TaskData) -> Tensor:
+    same = data.tokens == data.corrupted[:, : data.tokens.shape[1]]
+    ended = torch.arange(same.shape[1], device=same.device) > data.end[:, None]
+    return same.cumprod(1).bool() | ended
 
 
 def _float(x: Tensor) -> torch.dtype:

@@ -61,6 +61,7 @@ def rank(
     ablation: Ablation,
     metric: Metric,
     options: AcdcOptions,
+    seed: int = 0,
     state: Path | None = None,
 ) -> EdgeSet:
     """Score each edge by the largest threshold at which it survives; 0 where it survives none.
@@ -75,6 +76,7 @@ def rank(
         ablation: what an edge that is cut carries.
         metric: what is to be kept, a mean over prompts; the publication's is `kl`.
         options: thresholds.
+        seed: of resampled replacements.
         state: a file that the search is saved in after each target, and taken up from if it is there.
 
     Raises:
@@ -89,7 +91,7 @@ def rank(
         )
     taus = np.logspace(np.log10(options.lowest_tau), np.log10(options.highest_tau), options.n_taus).tolist()
     scores = torch.zeros(len(flat(graph, graph.edges)))
-    for branch in _search(graph, data, ablation, metric, taus, options.seed, state):
+    for branch in _search(graph, data, ablation, metric, taus, seed, state):
         kept = branch.kept.cpu()
         scores[kept] = scores[kept].clamp(min=max(branch.taus))
     return unflat(graph, scores.to(graph.model.unembed.weight.device))
@@ -108,7 +110,7 @@ def _search(
     rows = _rows(graph)
     search = {
         "taus": taus, "metric": metric.__name__, "graph": graph.kind, "n_edges": len(everything), "seed": seed,
-        "ablation": ablation.label(), "weights and prompts": fingerprint(graph, data),
+        "ablation": ablation.label(), "weights and prompts": fingerprint(graph.model, data),
     }  # fmt: skip
     first, branches = _resume(state, search, branches)
     tried = sum(map(len, rows[:first]))

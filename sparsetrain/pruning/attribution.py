@@ -37,7 +37,14 @@ FEWEST_PROMPTS = 4  # that an edge is patched on in `checked`
 PATH_SHARE = 0.01  # of the integrated score in that of a patched edge
 
 
-def rank(graph: EdgeGraph, data: TaskData, ablation: Ablation, metric: Metric, options: AttributionOptions) -> EdgeSet:
+def rank(
+    graph: EdgeGraph,
+    data: TaskData,
+    ablation: Ablation,
+    metric: Metric,
+    options: AttributionOptions,
+    seed: int = 0,
+) -> EdgeSet:
     """Score every edge of the graph.
 
     Args:
@@ -46,6 +53,7 @@ def rank(graph: EdgeGraph, data: TaskData, ablation: Ablation, metric: Metric, o
         ablation: what an edge that is cut carries.
         metric: what the edges are scored by; see METRICS.
         options: the estimator and its points.
+        seed: of resampled replacements, and of the prompts that edges are patched on.
 
     Returns:
         A score for each edge, in the metric's units: positive where the edge supports the metric. Publications that
@@ -63,19 +71,19 @@ def rank(graph: EdgeGraph, data: TaskData, ablation: Ablation, metric: Metric, o
             "components to interpolate; take gates, or eap_ig_inputs"
         )
     if isinstance(graph, ComponentGraph) and options.estimator.startswith("eap"):
-        return _compact(graph, data, ablation, metric, options)
+        return _compact(graph, data, ablation, metric, options, seed)
     if options.estimator == "exact":
-        return exact(graph, list(batches(graph, data, ablation, options.batch_prompts, options.seed)), metric)
+        return exact(graph, list(batches(graph, data, ablation, options.batch_prompts, seed)), metric)
     if options.estimator == "gates_checked":
-        return checked(graph, data, ablation, metric, options)
+        return checked(graph, data, ablation, metric, options, seed)
     n_parts = -(-len(data) // options.batch_prompts)
-    prompts = batches(graph, data, ablation, options.batch_prompts, options.seed)
+    prompts = batches(graph, data, ablation, options.batch_prompts, seed)
     prompts = tqdm(prompts, desc=options.estimator, unit=" batches", total=n_parts, disable=None)
     return _mean((_gate_scores(graph, batch, metric, options) for batch in prompts), len(data))
 
 
 def _compact(
-    graph: ComponentGraph, data: TaskData, ablation: Ablation, metric: Metric, options: AttributionOptions
+    graph: ComponentGraph, data: TaskData, ablation: Ablation, metric: Metric, options: AttributionOptions, seed: int
 ) -> EdgeSet:
     path = {
         "eap": None,
@@ -83,7 +91,7 @@ def _compact(
         "eap_ig_activations": activations_on_the_way(options.ig_steps),
     }[options.estimator]
     n_parts = -(-len(data) // options.batch_prompts)
-    split = parts(data, ablation, options.seed, options.batch_prompts)
+    split = parts(data, ablation, seed, options.batch_prompts)
     split = tqdm(split, desc=options.estimator, unit=" batches", total=n_parts, disable=None)
     return _mean(
         (component_scores(graph, part.trimmed(), ablation, places, metric, path) for _, part, places in split),
@@ -150,7 +158,7 @@ def exact(graph: EdgeGraph, prompts: Sequence[Batch], metric: Metric, among: Ten
 
 
 def checked(
-    graph: EdgeGraph, data: TaskData, ablation: Ablation, metric: Metric, options: AttributionOptions
+    graph: EdgeGraph, data: TaskData, ablation: Ablation, metric: Metric, options: AttributionOptions, seed: int
 ) -> EdgeSet:
     """Integrated gradients, then a fixed number of patching runs for the edges they put first.
 
@@ -163,12 +171,12 @@ def checked(
 
     Source: verification of the top candidates, Kramar et al. 2024.
     """
-    estimate = flat(graph, rank(graph, data, ablation, metric, replace(options, estimator="gates")))
+    estimate = flat(graph, rank(graph, data, ablation, metric, replace(options, estimator="gates"), seed))
     n_prompts = min(len(data), max(FEWEST_PROMPTS, options.check_runs * len(data) // len(estimate)))
     n_edges = options.check_runs * len(data) // n_prompts
     first = estimate.abs().argsort(descending=True, stable=True)[:n_edges]
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))[:n_prompts]
-    some = list(batches(graph, data.take(rows.tolist()), ablation, options.batch_prompts, options.seed))
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n_prompts]
+    some = list(batches(graph, data.take(rows.tolist()), ablation, options.batch_prompts, seed))
     measured = flat(graph, exact(graph, some, metric, first))[first].to(estimate)
     scale = measured.abs().sum() / estimate[first].abs().sum()
     scores = estimate * (scale if scale > 0 and scale.isfinite() else 1)

@@ -42,6 +42,14 @@ class ChannelGraph:
         sites = [f"blocks.{l}.{site}" for l in range(len(self.model.blocks)) for site in SOURCES]
         return site_reader(self.model, ["embed", *sites])(tokens)
 
+    def read_sites(self, tokens: Tensor) -> dict[str, Tensor]:
+        """The same."""
+        return self.read(tokens)
+
+    def expand(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same."""
+        return dict(sites)
+
     def final_resid(
         self, tokens: Tensor, gates: EdgeSet, replacements: Mapping[str, Tensor], inputs_at: float = 1.0
     ) -> Tensor:

@@ -1,7 +1,7 @@
 """A circuit: nodes, edges, what replaces the rest, and measures; saved as JSON and safetensors."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -62,7 +62,7 @@ class Circuit:
             longer. Not there for a circuit that was not cut from a ranking.
         effects: rise of the held-out task loss when one unit is ablated too, by "site:channel" or "source->target".
         measures: numbers on held-out prompts; see sparsetrain/pruning/measures.py.
-        settings: the PruneConfig it was found with, and the run it was found in.
+        settings: the PruneConfig it was found with, and the run and the weights (a hash) it was found in.
     """
 
     task: str
@@ -104,15 +104,34 @@ def list_edges(graph: EdgeGraph, edges: EdgeSet, scores: EdgeSet | None = None) 
 def overlaps(circuits: Mapping[str, Circuit]) -> dict[tuple[str, str], tuple[float, float]]:
     """The intersection over union of each two circuits' nodes, and of their edges; 1 where both are empty.
 
+    Nodes and edges are the same where their names are: see `of_one_model` for when that means something.
+
     Raises:
-        CircuitError: there are fewer than two circuits, or they are of different graphs.
+        CircuitError: there are fewer than two circuits, or they are of different graphs or of models of other shapes.
     """
     if len(circuits) < 2 or len({circuit.graph for circuit in circuits.values()}) > 1:
         kinds = ", ".join(f"{name}: {circuit.graph}" for name, circuit in circuits.items())
         raise CircuitError(f"circuits must be two or more, of one graph, got {kinds}")
+    shapes = {name: {site: len(mask) for site, mask in circuit.nodes.items()} for name, circuit in circuits.items()}
+    first, *others = circuits
+    if differ := [name for name in others if shapes[name] != shapes[first]]:
+        raise CircuitError(
+            f"circuits must be of models of one shape, got other numbers of layers, channels, heads or embeddings in "
+            f"{', '.join(differ)} than in {first}; compare circuits of one model, or of seeds of one config"
+        )
     nodes = {name: set(circuit.node_names()) for name, circuit in circuits.items()}
     edges = {name: {edge.name for edge in circuit.edges} for name, circuit in circuits.items()}
     return {(a, b): (_share(nodes[a], nodes[b]), _share(edges[a], edges[b])) for a, b in combinations(circuits, 2)}
+
+
+def of_one_model(circuits: Iterable[Circuit]) -> bool:
+    """Whether all circuits are known to be of the same weights, so that a node is the same node in each.
+
+    Of models that were trained apart a channel or head has no counterpart in the other that has its name, so their
+    overlap is one by chance; between checkpoints of one run it has.
+    """
+    found = {circuit.settings.get("model") for circuit in circuits}
+    return len(found) == 1 and None not in found
 
 
 def _share(a: set[str], b: set[str]) -> float:
@@ -160,6 +179,25 @@ def load_circuit(folder: str | Path, device: str | torch.device = "cpu") -> Circ
         return _circuit(read, tensors)
     except (KeyError, TypeError) as error:
         raise CircuitError(f"{folder} holds a damaged circuit: {type(error).__name__} {error}") from None
+
+
+def circuit_folder(run: str | Path, task: str, name: str) -> Path:
+    """The folder of a run's circuit.
+
+    Args:
+        run: a run directory.
+        task: the task's name.
+        name: the folder's: the method, or what `name` was.
+
+    Raises:
+        CircuitError: there is none of this name; says which there are.
+    """
+    circuits = Path(run) / "circuits" / task
+    there = sorted(folder.name for folder in circuits.glob("[!.]*") if (folder / "circuit.json").exists())
+    if name not in there:
+        found = ", ".join(there) or "none"
+        raise CircuitError(f"--circuit must be one of those in {circuits}, which are {found}, got {name!r}")
+    return circuits / name
 
 
 def read_result(

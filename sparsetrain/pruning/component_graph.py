@@ -7,17 +7,16 @@ Biases of attention's output belong to no head and are never ablated.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sparsetrain.kernels.ops import act_abs_topk, attend
-from sparsetrain.model import Attention, Mlp, Transformer, keep, n_kept
+from sparsetrain.model import Attention, Mlp, Transformer, keep, n_kept, thirds
 from sparsetrain.pruning.ablation import site_reader
 from sparsetrain.pruning.edges import EdgeSet, edge_names
-
-SLAB = 8192  # entries of the stream mixed at a time, so that they stay in cache
+from sparsetrain.pruning.stream import Places, Stream
 
 
 class ComponentGraph:
@@ -65,8 +64,7 @@ class ComponentGraph:
 
     def read(self, tokens: Tensor) -> dict[str, Tensor]:
         """What each source writes, (n, B, T, D): `embed`, and for each block `blocks.{l}.heads`, `blocks.{l}.mlp`."""
-        seen = self.read_sites(tokens)
-        return {name: self.writes(name, seen) for name in self.source_names}
+        return self.expand(self.read_sites(tokens))
 
     @property
     def source_names(self) -> list[str]:
@@ -74,14 +72,19 @@ class ComponentGraph:
         return ["embed", *(f"blocks.{l}.{part}" for l in range(len(self.model.blocks)) for part in ("heads", "mlp"))]
 
     def read_sites(self, tokens: Tensor) -> dict[str, Tensor]:
-        """What `writes` needs of a run on tokens (B, T); far less than what it gives."""
+        """What `expand` needs of a run on tokens (B, T), each (..., B, T, width); far less than what it gives."""
         seen = site_reader(self.model, self.write_sites)(tokens)
         return {**seen, "embed": self.embeddings(tokens)}
 
+    def expand(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `read` gives, of what `read_sites` gave."""
+        return {name: self.writes(name, sites) for name in self.source_names}
+
     @property
     def write_sites(self) -> list[str]:
-        """The sites that heads and MLPs write at."""
-        return [f"blocks.{l}.{s}" for l in range(len(self.model.blocks)) for s in ("z", "attn_out", "mlp_out")]
+        """The sites that `writes` reads; what attention wrote only where AbsTopK has chosen of it."""
+        at = ("z", "mlp_out", "attn_out") if self.model.options.abs_topk.attn_out < 1 else ("z", "mlp_out")
+        return [f"blocks.{l}.{site}" for l in range(len(self.model.blocks)) for site in at]
 
     def writes(self, name: str, seen: Mapping[str, Tensor]) -> Tensor:
         """What the sources of one name of `read` write, (n, B, T, D), from what `read_sites` gave."""
@@ -90,27 +93,36 @@ class ComponentGraph:
         at, part = name.rsplit(".", 1)
         if part == "mlp":
             return seen[f"{at}.mlp_out"][None]
-        return head_writes(self.model.get_submodule(f"{at}.attn"), seen[f"{at}.z"], seen[f"{at}.attn_out"])
+        return head_writes(self.model.get_submodule(f"{at}.attn"), seen[f"{at}.z"], seen.get(f"{at}.attn_out"))
 
     def final_resid(
         self, tokens: Tensor, gates: EdgeSet, replacements: Mapping[str, Tensor], inputs_at: float = 1.0
     ) -> Tensor:
         """See EdgeGraph."""
-        written, replaced = self.embeddings(tokens), replacements["embed"]
-        stream = _Stream(written.shape[1:])
-        stream.write(replaced + inputs_at * (written - replaced), replaced)
+        places = Places(tokens, self._shared(replacements))
+        written, replaced = places.pick(self.embeddings(tokens)), places.pick(replacements["embed"])
+        stream = Stream(places, len(self.sources), written)
+        stream.write(replaced + inputs_at * (written - replaced), replacements["embed"])
         p = self.position_vectors(tokens.shape[1])
         for l, block in enumerate(self.model.blocks):
             streams = stream.read(*(gates[f"blocks.{l}.{name}"] for name in "qkv"))
-            q, k, v = (read_heads(block.attn, i, x, p) for i, x in enumerate(streams))
-            z = attend(q, k, v, block.attn.sink, block.attn.d_head, block.attn.causal)
-            out = keep(block.attn.out(z), block.attn.topk.attn_out)
-            heads = head_writes(block.attn, z, out)
-            stream.write(heads, replacements[f"blocks.{l}.heads"])
+            parts = [read_heads(block.attn, i, x, places.positions(p)) for i, x in enumerate(streams)]
+            q, k, v = places.fill(parts, partial(_plain_heads, block.attn), stream.fixed, p)
+            z = places.pick(attend(q, k, v, block.attn.sink, block.attn.d_head, block.attn.causal))
+            out = keep(block.attn.out(z), block.attn.topk.attn_out) if block.attn.topk.attn_out < 1 else None
+            stream.write(head_writes(block.attn, z, out), replacements[f"blocks.{l}.heads"])
             stream.add(attention_bias(block.attn, out))
-            mlp = _run_mlp(block.mlp, stream.read(gates[f"blocks.{l}.mlp"])[0][0], p)
+            mlp = _run_mlp(block.mlp, stream.read(gates[f"blocks.{l}.mlp"])[0][0], places.positions(p))
             stream.write(mlp[None], replacements[f"blocks.{l}.mlp"])
-        return stream.read(gates["logits"])[0][0]
+        (resid,) = places.fill(stream.read(gates["logits"])[0], lambda x, _: [x], stream.fixed, p)
+        return resid
+
+    def _shared(self, replacements: Mapping[str, Tensor]) -> Tensor | None:
+        """(B, T) where all sources are what replaces them, as far as that is known."""
+        options = self.model.options
+        if not options.causal or options.abs_topk.attn_out < 1:  # whose choice at a replacement is not known
+            return None
+        return replacements.get("shared")
 
     def connected(self, edges: EdgeSet) -> EdgeSet:
         """Drop the edges of heads and MLPs that nothing is read by, or that read nothing, until none is left."""
@@ -156,78 +168,24 @@ class ComponentGraph:
         return torch.stack([x, p.expand_as(x)]) if self.split_embedding else (x + p)[None]
 
 
-class _Stream:
-    """The residual stream as the sum of what was written to it, which each target reads through gates of its own."""
-
-    def __init__(self, shape: torch.Size):
-        self.shape = shape  # (B, T, D)
-        self.fixed = torch.zeros(())  # what is read of every source when all its gates are shut
-        self.changes: list[Tensor] = []  # (n, B T D): how far the sources are from their replacements
-
-    def write(self, x: Tensor, replacement: Tensor) -> None:
-        """Add what n sources wrote, (n, B, T, D); the replacement broadcasts over it."""
-        self.fixed = self.fixed + replacement.sum(0)
-        self.changes.append((x - replacement).flatten(1))
-
-    def add(self, x: Tensor) -> None:
-        """Add what belongs to no source."""
-        self.fixed = self.fixed + x
-
-    def read(self, *gates: Tensor) -> tuple[Tensor, ...]:
-        """What targets with these gates (R, n_sources) read: (R, B, T, D) for each group of targets."""
-        rows = torch.cat(gates) if len(gates) > 1 else gates[0]
-        out = _Mix.apply(rows.to(self.changes[0].dtype), self.fixed.expand(self.shape).reshape(-1), *self.changes)
-        return out.unflatten(1, self.shape).split([len(g) for g in gates])
-
-
-class _Mix(torch.autograd.Function):
-    """fixed + gates @ changes, the changes in parts that are never laid side by side whole.
-
-    Args of `apply`: gates (R, n), fixed (M,), changes (n_i, M) ..., which are n rows in all. Returns (R, M).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gates: Tensor, fixed: Tensor, *changes: Tensor) -> Tensor:
-        ctx.save_for_backward(gates, *changes)
-        out = torch.empty(len(gates), len(fixed), dtype=gates.dtype, device=gates.device)
-        for start in range(0, len(fixed), SLAB):
-            slab = slice(start, start + SLAB)
-            torch.mm(gates, torch.cat([c[:, slab] for c in changes]), out=out[:, slab]).add_(fixed[slab])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gates, *changes = ctx.saved_tensors
-        parts = gates.split([len(c) for c in changes], dim=1)
-        needed = ctx.needs_input_grad[2:]
-        for_changes = [part.T @ grad if need else None for part, need in zip(parts, needed, strict=True)]
-        for_gates = None
-        if ctx.needs_input_grad[0]:
-            for_gates = torch.zeros_like(gates)
-            for start in range(0, grad.shape[1], SLAB):
-                slab = slice(start, start + SLAB)
-                for_gates += grad[:, slab] @ torch.cat([c[:, slab] for c in changes]).T
-        return for_gates, grad.sum(0) if ctx.needs_input_grad[1] else None, *for_changes
-
-
-def head_writes(attn: Attention, z: Tensor, out: Tensor) -> Tensor:
+def head_writes(attn: Attention, z: Tensor, out: Tensor | None) -> Tensor:
     """What each head adds to the residual stream: (H, B, T, D).
 
     Args:
         attn: the attention.
         z: (B, T, D) its heads' outputs.
-        out: (B, T, D) what it wrote in all; channels that AbsTopK set to zero are no head's.
+        out: (B, T, D) what it wrote in all; channels that AbsTopK set to zero are no head's. None without AbsTopK.
     """
     weight = attn.out.weight.unflatten(1, (-1, attn.d_head))  # (D, H, K)
     writes = torch.einsum("bthk,dhk->hbtd", z.unflatten(-1, (-1, attn.d_head)), weight)
-    return writes if attn.topk.attn_out == 1 else torch.where(out != 0, writes, 0)
+    return writes if out is None else torch.where(out != 0, writes, 0)
 
 
-def attention_bias(attn: Attention, out: Tensor) -> Tensor:
+def attention_bias(attn: Attention, out: Tensor | None) -> Tensor:
     """The part of what attention wrote (B, T, D) that is no head's."""
     if attn.out.bias is None:
-        return torch.zeros((), device=out.device)
-    return attn.out.bias if attn.topk.attn_out == 1 else torch.where(out != 0, attn.out.bias, 0)
+        return torch.zeros((), device=attn.out.weight.device)
+    return attn.out.bias if out is None else torch.where(out != 0, attn.out.bias, 0)
 
 
 def read_heads(attn: Attention, which: int, x: Tensor, p: Tensor | None) -> Tensor:
@@ -239,6 +197,11 @@ def read_heads(attn: Attention, which: int, x: Tensor, p: Tensor | None) -> Tens
     if attn.qkv.bias is not None:
         out = out + attn.qkv.bias.chunk(3)[which]
     return keep(out, fraction)
+
+
+def _plain_heads(attn: Attention, x: Tensor, p: Tensor | None) -> list[Tensor]:
+    """Queries, keys and values (1, P, D) of heads that all read one residual stream, x (1, P, D)."""
+    return thirds(attn.qkv(attn.norm(x, p, attn.topk.attn_in)), (attn.topk.q, attn.topk.k, attn.topk.v))
 
 
 def _run_mlp(mlp: Mlp, x: Tensor, p: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
 """How good a ranking or a circuit is: faithfulness by size, and beside known circuits, other circuits, single edges."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -45,7 +46,12 @@ class Curve:
 
 
 def curve(
-    graph: EdgeGraph, prompts: Sequence[Batch], scores: EdgeSet, metric: Metric, shares: Sequence[float] = SHARES
+    graph: EdgeGraph,
+    prompts: Sequence[Batch],
+    scores: EdgeSet,
+    metric: Metric,
+    shares: Sequence[float] = SHARES,
+    choose: Callable[[EdgeSet, int], EdgeSet] | None = None,
 ) -> Curve:
     """Cut a ranking at several sizes: f_k = (m(C_k) - m(empty)) / (m(full) - m(empty)).
 
@@ -55,12 +61,13 @@ def curve(
         scores: greater is kept first; take the absolute value for the distance.
         metric: m; MIB's is the logit difference.
         shares: of the edges, ascending, in (0, 1].
+        choose: the n edges that scores put first; None: the n of greatest score.
 
     Raises:
         ValueError: the metric of the full model is that without any edge.
 
-    Differs: MIB's evaluation grows some circuits from the logits (`attribution.grow`); here the top edges are taken and
-    those on no path dropped.
+    MIB's evaluation grows some circuits from the logits: `choose` may do so (`attribution.grow`). Edges on no path are
+    dropped.
     """
     nothing = {group: torch.zeros_like(there) for group, there in graph.edges.items()}
     empty, full = (mean_metric(graph, prompts, edges, metric) for edges in (nothing, graph.edges))
@@ -69,8 +76,8 @@ def curve(
             f"the metric must tell the full model from one without edges, got {full} for both; "
             "take another metric or ablation"
         )
-    total = n_edges(graph.edges)
-    circuits = [graph.connected(top_edges(graph, scores, int(share * total))) for share in shares]
+    total, choose = n_edges(graph.edges), choose or partial(top_edges, graph)
+    circuits = [graph.connected(choose(scores, int(share * total))) for share in shares]
     values = [mean_metric(graph, prompts, circuit, metric) for circuit in circuits]
     return Curve(
         tuple(shares), tuple(map(n_edges, circuits)), tuple((value - empty) / (full - empty) for value in values)

@@ -244,7 +244,10 @@ def _search(problem: Problem, method: Method) -> tuple[Cut, dict[str, Tensor], P
             beta2=1 - trial.suggest_float("inverse_beta2", 1e-3, 0.3, log=True),
         )
         config = dataclasses.replace(problem.config, node_masks=tried)
-        result = find(dataclasses.replace(problem, config=config), method)
+        state = problem.state and problem.state / f"trial_{trial.number}"
+        if state:
+            state.mkdir(exist_ok=True)
+        result = find(dataclasses.replace(problem, config=config, state=state), method)
         cut = result[0]
         n_edges = n_units(problem.space.edges(cut.kept))
         found.append(((not cut.reached, n_edges if cut.reached else cut.loss), result))

@@ -85,7 +85,7 @@ def activations_on_the_way(steps: int) -> Path:
         starts = {"embed": sources.replacement("embed").sum(0)}
         for l, block in enumerate(sources.graph.model.blocks):
             at = f"blocks.{l}."
-            bias = attention_bias(block.attn, sources.clean[at + "attn_out"])
+            bias = attention_bias(block.attn, sources.clean.get(at + "attn_out"))
             starts[at + "attn_out"] = sources.replacement(at + "heads").sum(0) + bias
             starts[at + "mlp_out"] = sources.replacement(at + "mlp").sum(0)
         for site, start in starts.items():

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsetrain.prune_config import EdgeMaskOptions
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.edges import EdgeGraph, EdgeSet, like, n_edges, unflat
-from sparsetrain.pruning.mask_training import Objective, State, about, adam_, build_objective, new_state, train
+from sparsetrain.pruning.mask_training import Objective, State, about_edges, adam_, build_objective, new_state, train
 from sparsetrain.pruning.objective import Metric
 from sparsetrain.tasks import TaskData
 
@@ -22,6 +22,7 @@ def rank(
     ablation: Ablation,
     metric: Metric,
     options: EdgeMaskOptions,
+    seed: int = 0,
     state: Path | None = None,
 ) -> EdgeSet:
     """Learn a mask over all edges while ever fewer may stay; how long each stays open ranks them.
@@ -36,6 +37,7 @@ def rank(
         ablation: what replaces the activation that an edge carries when it is cut.
         metric: what the circuit is to preserve; greater is better.
         options: see EdgeMaskOptions.
+        seed: of initial masks, gates and prompts.
         state: a file to go on from after a kill; see `mask_training.train`.
 
     Returns:
@@ -59,12 +61,13 @@ def rank(
     if objective is None:
         return like(graph, 0.0)
     n, device = n_edges(graph.edges), graph.model.unembed.weight.device
-    noise = torch.randn(n, generator=torch.Generator().manual_seed(options.seed))
+    noise = torch.randn(n, generator=torch.Generator().manual_seed(seed))
     start = new_state((options.init_mean + options.init_std * noise).to(device))
     start |= {"opened": torch.zeros(n, device=device), "log_price": torch.tensor(math.log(options.price))}
     end = train(
-        start, lambda s, k, generator: _step(objective, s, k, generator, options), options.steps, options.seed, state,
-        about(graph, data, ablation, metric, options),
+        start, lambda s, k, generator: _step(objective, s, k, generator, options), options.steps,
+        torch.Generator().manual_seed(seed), state,
+        about_edges(graph, data, ablation, metric, options, seed),
     )  # fmt: skip
     return unflat(graph, end["opened"] / options.steps)
 

@@ -5,7 +5,7 @@ gradients flow to, or a score. Where `graph.edges` is false there is no edge, wh
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -38,6 +38,14 @@ class EdgeGraph(Protocol):
         """The activations of every source in a run of the full model on tokens (B, T), for ablations."""
         ...
 
+    def read_sites(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What is worth keeping of a run to have `read` of it later: tensors (..., B, T, width)."""
+        ...
+
+    def expand(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `read` gives, of what `read_sites` gave, or of some of its prompts and first tokens."""
+        ...
+
     def final_resid(
         self, tokens: Tensor, gates: EdgeSet, replacements: Mapping[str, Tensor], inputs_at: float = 1.0
     ) -> Tensor:
@@ -46,7 +54,8 @@ class EdgeGraph(Protocol):
         Args:
             tokens: (B, T).
             gates: for each group (n_targets, n_sources) floats in [0, 1].
-            replacements: for each source what replaces it, as an `Ablation` of what `read` gives has them.
+            replacements: for each source what replaces it, as an `Ablation` of what `read` gives has them; `shared`
+                positions, if they are named, may be left as they are there.
             inputs_at: where the embedding is on the way from its replacement (0) to itself (1).
         """
         ...
@@ -106,11 +115,20 @@ def top_edges(graph: EdgeGraph, scores: EdgeSet, n: int) -> EdgeSet:
     return unflat(graph, chosen)
 
 
-def fingerprint(graph: EdgeGraph, data: TaskData) -> str:
+def fingerprint(model: Transformer, data: TaskData) -> str:
     """A hash of a model's weights and of the prompts, answers and partners that it is asked for."""
-    digest = hashlib.sha256()
     answers = (data.last, data.correct, data.wrong, data.corrupted, data.correct_set, data.wrong_set)
-    for tensor in (*graph.model.state_dict().values(), data.tokens, *answers):
+    return _hash([*model.state_dict().values(), data.tokens, *answers])
+
+
+def weights_hash(model: Transformer) -> str:
+    """What tells the weights of a model from others."""
+    return _hash(model.state_dict().values())[:16]
+
+
+def _hash(tensors: Iterable[Tensor | None]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
         digest.update(b"" if tensor is None else tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

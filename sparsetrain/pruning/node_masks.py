@@ -1,14 +1,16 @@
 """Pruning by learnt node masks: the paper's own method (Gao et al. 2025, A.5)."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sparsetrain.model import Transformer
 from sparsetrain.prune_config import NodeMaskOptions
 from sparsetrain.pruning.ablation import Ablation, draw_places
 from sparsetrain.pruning.evaluate import Calibration, answer_logits, task_losses
 from sparsetrain.pruning.graph import node_sites
+from sparsetrain.pruning.mask_training import State, about, train
 from sparsetrain.tasks import TaskData
 
 
@@ -28,7 +30,13 @@ class StepFunction(torch.autograd.Function):
 
 
 def rank_nodes(
-    model: Transformer, data: TaskData, ablation: Ablation, options: NodeMaskOptions, tie_qk: bool, seed: int
+    model: Transformer,
+    data: TaskData,
+    ablation: Ablation,
+    options: NodeMaskOptions,
+    tie_qk: bool,
+    seed: int,
+    state: Path | None = None,
 ) -> dict[str, Tensor]:
     """Learn a mask over all nodes; its parameters rank them.
 
@@ -42,22 +50,17 @@ def rank_nodes(
         options: see NodeMaskOptions.
         tie_qk: one mask for a query channel and its key channel.
         seed: of initial masks and batches.
+        state: a file to go on from after a kill; see `mask_training.train`.
 
     Returns:
         For each node site the mask parameters tau (width,), in [-1, 1]; a node is in the learnt circuit where
         tau >= 0. Under `tie_qk` a query channel and its key channel have one parameter.
+
+    Raises:
+        StateError: `state` is damaged, or of a search with other settings.
     """
-    device = model.unembed.weight.device
     generator = torch.Generator().manual_seed(seed)
-    free = {
-        site: torch.empty(width)
-        .normal_(options.init_mean, options.init_std, generator=generator)
-        .clamp_(-1, 1)
-        .to(device)
-        .requires_grad_()
-        for site, width in node_sites(model.options).items()
-        if not (tie_qk and site.endswith(".k"))
-    }
+    free = _initial(model, options, tie_qk, generator)
     tau = {site: free[_owner(site, free)] for site in node_sites(model.options)}
     optimizer = torch.optim.AdamW(
         free.values(), lr=options.lr, betas=(0.9, options.beta2), eps=1e-8, weight_decay=options.weight_decay
@@ -65,9 +68,10 @@ def rank_nodes(
     frozen = [p for p in model.parameters() if p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
-    for step in tqdm(range(options.steps), desc="learning masks", unit=" steps", disable=None):
+
+    def step(_: State, k: int, generator: torch.Generator) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * (1 - step / options.steps)
+            group["lr"] = options.lr * (1 - k / options.steps)
         part = data.take(_pairs(len(data) // 2, options.batch_pairs, generator))
         gates = {site: StepFunction.apply(t, options.temperature) for site, t in tau.items()}
         logits = answer_logits(model, part, gates, ablation, draw_places(ablation, part.tokens, generator))
@@ -80,9 +84,41 @@ def rank_nodes(
         with torch.no_grad():
             for t in free.values():
                 t.clamp_(-1, 1)
-    for p in frozen:
-        p.requires_grad_(True)
+
+    asked = {"options": repr(options), "tie_qk": tie_qk, "seed": seed}
+    note = about("nodes", model, data, ablation, asked)
+    try:
+        train(_state(free, optimizer), step, options.steps, generator, state, note)
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
     return {site: t.detach() for site, t in tau.items()}
+
+
+def _initial(
+    model: Transformer, options: NodeMaskOptions, tie_qk: bool, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The mask parameters of each site at the start; of tied ones those of the queries."""
+    return {
+        site: torch.empty(width)
+        .normal_(options.init_mean, options.init_std, generator=generator)
+        .clamp_(-1, 1)
+        .to(model.unembed.weight.device)
+        .requires_grad_()
+        for site, width in node_sites(model.options).items()
+        if not (tie_qk and site.endswith(".k"))
+    }
+
+
+def _state(free: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> State:
+    """The tensors that a step changes in place: mask parameters, and what the optimizer holds of each."""
+    state: State = {}
+    for site, t in free.items():
+        optimizer.state[t] = {
+            "step": torch.zeros(()), "exp_avg": torch.zeros_like(t), "exp_avg_sq": torch.zeros_like(t)
+        }  # fmt: skip
+        state |= {site: t.detach(), **{f"{site} {name}": x for name, x in optimizer.state[t].items()}}
+    return state
 
 
 def _owner(site: str, free: dict[str, Tensor]) -> str:

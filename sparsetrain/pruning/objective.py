@@ -82,12 +82,18 @@ def refuse_if_flat(metric: Metric, data: TaskData, extremes: Extremes | LateExtr
         value = metric(outputs, data, LateExtremes(extremes.full.double(), lambda: extremes.empty.double())).sum()
         (slope,) = torch.autograd.grad(value, outputs)
     if slope.abs().max() < 1e-12:
-        raise ConfigError(
-            f"the metric of eap must have a gradient at the full model, got zero from {metric.__name__}; take "
-            "logit_difference, task_loss or projection, or the estimator eap_ig_inputs, gates, gates_checked or exact"
-        )
+        refuse_flat(metric)
 
 
+def refuse_flat(metric: Metric) -> None:
+    """Raise that a metric is flat at the full model."""
+    raise ConfigError(
+        f"the metric of eap must have a gradient at the full model, got zero from {metric.__name__}; take "
+        "logit_difference, task_loss or projection, or the estimator eap_ig_inputs, gates, gates_checked or exact"
+    )
+
+
+FLAT = (kl, squared_error)  # at the full model, whatever the prompts
 METRICS: dict[str, Metric] = {
     f.__name__: f for f in (logit_difference, probability_difference, task_loss, kl, squared_error, projection)
 }

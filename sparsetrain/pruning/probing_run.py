@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from sparsetrain.config import RunConfig
 from sparsetrain.data import evaluation_batches
 from sparsetrain.model import Transformer
 from sparsetrain.prune_config import ProbingOptions
-from sparsetrain.pruning.ablation import Ablation, build_ablation, site_reader
+from sparsetrain.pruning.ablation import Ablation, build_ablation, refuse_without_corpus, site_reader
 from sparsetrain.pruning.circuit import CircuitError, read_result
 from sparsetrain.pruning.graph import NodeSet
 from sparsetrain.pruning.probing import Found, Sublayer, probe
 from sparsetrain.pruning.probing_data import ProbeData, probe_data
 from sparsetrain.pruning.probing_measures import measure_probing
 from sparsetrain.task_probing import probing_task
+from sparsetrain.tasks import TaskError
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ class Probing:
         task, variable, sublayer: what was looked for, and where.
         tau: for each site the mask parameters (width,); a neuron was found where they are above 0.
         measures: see `measure_probing`; with the losses of the search.
-        controls: the same for shuffled labels and for variables that the answer does not need, by name.
+        controls: the same for shuffled labels and for variables that the answer does not need, by name; `skipped`, with
+            the reason, for one whose labels are of no use here.
         settings: the ProbingOptions, and the run.
     """
 
@@ -85,23 +88,23 @@ def probe_run(run: str | Path, task: str, options: ProbingOptions, device: str =
         CheckpointError: the run holds no readable model, or the result could not be written.
     """
     run = Path(run)
+    refuse_without_corpus(run, options.ablation)
     model, tokenizer, config = checkpoint.load_run(run, device)
     found = probing_task(task)
-    names = [options.variable, *(found.absent if found and options.controls else ())]
     n_pairs = options.train_pairs, options.heldout_pairs
-    data = [
-        tuple(part.to(device) for part in probe_data(
-            task, name, tokenizer, n_pairs, options.seed, config.model.n_ctx, options.position))
-        for name in names
-    ]  # fmt: skip
-    (train, heldout), absent = data[0], data[1:]
+
+    def drawn(name: str | None) -> tuple[ProbeData, ...]:
+        asked = task, name, tokenizer, n_pairs, options.seed, config.model.n_ctx, options.position
+        return tuple(part.to(device) for part in probe_data(*asked))
+
+    train, heldout = drawn(options.variable)
+    absent, controls = _absent(drawn, found.absent if found and options.controls else ())
     log.info("probing %s for %s: %d prompts to learn on, %d held out",
              options.sublayer, train.variable, len(train), len(heldout))  # fmt: skip
     ablation = sublayer_ablation(Sublayer(model, options.sublayer), run, config, train, options)
     folder = run / "circuits" / task / "probing" / f"{train.variable}.{options.sublayer}"
     states = folder.with_name(f".{folder.name}.searches")
     search, measures = _searched(model, (train, heldout), ablation, options, states / "search.safetensors")
-    controls = {}
     if options.controls:
         shuffled = tuple(part.shuffled(options.seed) for part in (train, heldout))
         for i, pair in enumerate((shuffled, *absent)):
@@ -114,6 +117,20 @@ def probe_run(run: str | Path, task: str, options: ProbingOptions, device: str =
     save_probing(folder, result)
     shutil.rmtree(states, ignore_errors=True)
     return result
+
+
+def _absent(
+    drawn: Callable[[str], tuple[ProbeData, ...]], names: Iterable[str]
+) -> tuple[list[tuple[ProbeData, ...]], dict[str, dict[str, object]]]:
+    """The prompts for variables that the answer does not need; and of those that have no prompts of use, why not."""
+    found, skipped = [], {}
+    for name in names:
+        try:
+            found.append(drawn(name))
+        except TaskError as error:
+            log.warning("the control %s is skipped: %s", name, error)
+            skipped[name] = {"skipped": str(error)}
+    return found, skipped
 
 
 def sublayer_ablation(

@@ -20,22 +20,22 @@ from sparsetrain import checkpoint
 from sparsetrain.config import ConfigError, RunConfig
 from sparsetrain.data import evaluation_batches
 from sparsetrain.files import write_json
-from sparsetrain.machine import peak_bytes
+from sparsetrain.machine import peak_bytes, reset_peak
 from sparsetrain.model import Transformer
 from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning import acdc, attribution, edge_masks, node_masks, topk_masks
-from sparsetrain.pruning.ablation import Ablation, build_ablation
+from sparsetrain.pruning.ablation import OF_CORPUS, Ablation, build_ablation, refuse_without_corpus
 from sparsetrain.pruning.alternatives import Alternatives, alternatives
 from sparsetrain.pruning.channel_edges import ChannelGraph
 from sparsetrain.pruning.circuit import Circuit, Edge, list_edges, save_circuit
 from sparsetrain.pruning.component_graph import ComponentGraph
 from sparsetrain.pruning.cut import ORDER_PROMPTS, Cut, Method, Problem, effects, find
-from sparsetrain.pruning.edges import EdgeSet, batches, edge_names, mean_metric
+from sparsetrain.pruning.edges import EdgeSet, batches, edge_names, mean_metric, weights_hash
 from sparsetrain.pruning.evaluate import calibrate, task_losses, task_score
 from sparsetrain.pruning.graph import wires
 from sparsetrain.pruning.measures import full_model_logits, measure, nonsense_control, size_curve
 from sparsetrain.pruning.mib import mib_json
-from sparsetrain.pruning.objective import METRICS, Extremes
+from sparsetrain.pruning.objective import FLAT, METRICS, Extremes, refuse_flat
 from sparsetrain.pruning.space import EdgeSpace, NodeSpace, Space, Unit, Units, n_units
 from sparsetrain.tasks import TaskData, encode_task, load_task
 
@@ -45,19 +45,24 @@ ALTERNATIVE_TOLERANCE = 0.05  # nats that the loss may rise in another minimal c
 SPARSE = 0.5  # with a smaller share of nonzero weights a model's own graph is that of its channels
 
 
+def _state_file(problem: Problem, name: str) -> Path | None:
+    return None if problem.state is None else problem.state / name
+
+
 def _node_masks(problem: Problem) -> dict[str, Tensor]:
     config = problem.config
     log.info("learning masks, %d steps", config.node_masks.steps)
     return node_masks.rank_nodes(
-        problem.space.model, problem.data, problem.ablation, config.node_masks, config.tie_qk, config.seed
-    )
+        problem.space.model, problem.data, problem.ablation, config.node_masks, config.tie_qk, config.seed,
+        _state_file(problem, "node_masks.safetensors"),
+    )  # fmt: skip
 
 
 def _attribution(problem: Problem) -> dict[str, Tensor]:
     config = problem.config
     log.info("scoring %d edges by %s", n_units(problem.space.everything), config.attribution.estimator)
     return attribution.rank(
-        problem.space.of, problem.data, problem.ablation, METRICS[config.metric], config.attribution
+        problem.space.of, problem.data, problem.ablation, METRICS[config.metric], config.attribution, config.seed
     )
 
 
@@ -67,10 +72,10 @@ def _edge_ranking(module: ModuleType, name: str, options: str, suffix: str) -> M
     def rank(problem: Problem) -> EdgeSet:
         config = problem.config
         log.info("ranking %d edges by %s", n_units(problem.space.everything), name)
-        state = None if problem.state is None else problem.state / f"{name}.{suffix}"
         return module.rank(
-            problem.space.of, problem.data, problem.ablation, METRICS[config.metric], getattr(config, options), state
-        )
+            problem.space.of, problem.data, problem.ablation, METRICS[config.metric], getattr(config, options),
+            config.seed, _state_file(problem, f"{name}.{suffix}"),
+        )  # fmt: skip
 
     return Method(rank)
 
@@ -124,7 +129,7 @@ def prune(
         WriteError: a result could not be written.
     """
     run = Path(run)
-    _refuse(config, method)
+    _refuse(run, config, method)
     model, tokenizer, run_config = checkpoint.load_run(run, device, at)
     model.requires_grad_(False)
     chosen = load_task(task)
@@ -141,9 +146,11 @@ def prune(
     unfinished = folder.with_name(f".{folder.name}-unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     problem = Problem(space, train, ablation, config, unfinished)
+    known = reset_peak(torch.device(device))
     started = time.perf_counter()
     cut, ranking, used = find(problem, METHODS[method])
-    cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes(torch.device(device))}
+    peak = peak_bytes(torch.device(device)) if known else None
+    cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak}
     if not cut.reached:
         answer = _unreached(chosen.name, folder, problem, heldout, cut)
         shutil.rmtree(unfinished)
@@ -157,7 +164,8 @@ def prune(
         problem = dataclasses.replace(problem, config=used, state=None)
         measures["nonsense"] = nonsense_control(problem, heldout, METHODS[method], tokenizer)
     effects = {space.name(unit): rise for unit, rise in unit_effects(problem, heldout, cut).items()}
-    settings = {"prune": dataclasses.asdict(used), "run": run.name, "task": _task_reference(task), "cost": cost}
+    settings = {"prune": dataclasses.asdict(used), "run": run.name, "model": weights_hash(model),
+                "task": _task_reference(task), "cost": cost}  # fmt: skip
     circuit = Circuit(
         chosen.name, method, space.kind, space.nodes(cut.kept), circuit_edges(space, cut.kept, ranking), ablation,
         cut.calibration, ranking, effects, measures, settings,
@@ -170,8 +178,11 @@ def prune(
     return circuit
 
 
-def _refuse(config: PruneConfig, method: str) -> None:
+def _refuse(run: Path, config: PruneConfig, method: str) -> None:
     """Raise for what can be told before a model is read."""
+    refuse_without_corpus(run, config.ablation)
+    if method == "attribution" and config.attribution.estimator == "eap" and METRICS[config.metric] in FLAT:
+        refuse_flat(METRICS[config.metric])
     if config.name is not None and Path(config.name).name != config.name:
         raise ConfigError(f"name must be a folder's name without a path, got {config.name!r}")
     if method not in METHODS:
@@ -187,9 +198,9 @@ def _refuse(config: PruneConfig, method: str) -> None:
 
 def _ablation(space: Space, run: Path, run_config: RunConfig, config: PruneConfig, train: TaskData) -> Ablation:
     """What replaces the rest; the run's corpus is read by the ablations alone that ask for it."""
-    needs_corpus = config.ablation in ("mean_data", "resample")
     device = train.tokens.device
-    corpus = corpus_tokens(run, run_config, config.reference_tokens, device) if needs_corpus else []
+    reads_corpus = config.ablation in OF_CORPUS
+    corpus = corpus_tokens(run, run_config, config.reference_tokens, device) if reads_corpus else []
     return build_ablation(space.read, config.ablation, corpus, train)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsetrain.prune_config import TopkMaskOptions
 from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.edges import EdgeGraph, EdgeSet, like, n_edges, unflat
-from sparsetrain.pruning.mask_training import Objective, State, about, adam_, build_objective, new_state, train
+from sparsetrain.pruning.mask_training import Objective, State, about_edges, adam_, build_objective, new_state, train
 from sparsetrain.pruning.objective import Metric
 from sparsetrain.tasks import TaskData
 
@@ -19,6 +19,7 @@ def rank(
     ablation: Ablation,
     metric: Metric,
     options: TopkMaskOptions,
+    seed: int = 0,
     state: Path | None = None,
 ) -> EdgeSet:
     """Learn one score per edge; each step asks for the best circuit of another size.
@@ -29,6 +30,7 @@ def rank(
         ablation: what replaces the activation that an edge carries when it is cut.
         metric: what the circuit is to preserve; greater is better.
         options: see TopkMaskOptions.
+        seed: of sizes and prompts.
         state: a file to go on from after a kill; see `mask_training.train`.
 
     Returns:
@@ -50,7 +52,7 @@ def rank(
     start = {**new_state(scores), "total": torch.zeros_like(scores)}
     end = train(
         start, lambda s, k, generator: _step(objective, s, k, generator, options), options.steps,
-        options.seed, state, about(graph, data, ablation, metric, options),
+        torch.Generator().manual_seed(seed), state, about_edges(graph, data, ablation, metric, options, seed),
     )  # fmt: skip
     return unflat(graph, end["total"] / options.steps)
 

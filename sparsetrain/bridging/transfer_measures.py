@@ -1,0 +1,125 @@
+"""What is said of a steered dense model: curves over strengths, and how much of the way it was moved.
+
+Answers (N, 3) are a prompt's own answer's probability, the other's, and the logit difference; see `steering.answers`.
+Rows 2i are positive prompts, which are steered to the negative side; rows 2i + 1 the reverse.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MEASURES = ("own", "other", "logit_difference")
+SIDES = {"both": slice(None), "to_negative": slice(0, None, 2), "to_positive": slice(1, None, 2)}
+LEAST = 0.1  # nats of logit difference with which a model is said to do a task: odds of 1.1
+RESAMPLES = 1000
+
+
+def curve(swept: Tensor) -> dict[str, Any]:
+    """For each of SIDES and MEASURES, `mean` and `se` (over prompts) at each strength, of answers (S, N, 3)."""
+    return {
+        side: {
+            name: {"mean": part[..., i].mean(1).tolist(), "se": (part[..., i].std(1) / part.shape[1] ** 0.5).tolist()}
+            for i, name in enumerate(MEASURES)
+        }
+        for side, rows in SIDES.items()
+        for part in [swept[:, rows]]
+    }
+
+
+def draws_curve(draws: Tensor) -> dict[str, Any]:
+    """The same of answers (R, S, N, 3) of random draws: `mean`, `lowest` and `highest` over draws."""
+    found: dict[str, Any] = {}
+    for side, rows in SIDES.items():
+        means = draws[:, :, rows].mean(2)  # (R, S, 3)
+        found[side] = {
+            name: {
+                "mean": means[..., i].mean(0).tolist(),
+                "lowest": means[..., i].amin(0).tolist(),
+                "highest": means[..., i].amax(0).tolist(),
+            }
+            for i, name in enumerate(MEASURES)
+        }
+    return found
+
+
+def rise(found: Tensor, base: Tensor) -> float:
+    """Mean rise of the other answer's probability."""
+    return (found[:, 1] - base[:, 1]).mean().item()
+
+
+def share(found: Tensor, base: Tensor, target: Tensor) -> dict[str, float]:
+    """How far the logit difference was moved from the prompts' (0) to their counterfactuals' (1).
+
+    A ratio of means over prompts, since a ratio for each would be ruled by those that hardly change.
+
+    Args:
+        found, base, target: answers (N, 3) steered, of the prompts, and of their counterfactuals.
+
+    Returns:
+        `value`; `low` and `high`: 95 % of what bootstrap over pairs gives.
+    """
+    moved, way = ((x[:, 2] - base[:, 2]).double().cpu().view(-1, 2).sum(1) for x in (found, target))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(moved), (RESAMPLES, len(moved)), generator=generator)
+    resampled = (moved[rows].sum(1) / way[rows].sum(1)).sort().values
+    low, high = (resampled[int(q * (RESAMPLES - 1))].item() for q in (0.025, 0.975))
+    return {"value": (moved.sum() / way.sum()).item(), "low": low, "high": high}
+
+
+def defined(base: Tensor) -> tuple[bool, dict[str, Any]]:
+    """Whether a model does a task, and how well, from its answers (N, 3).
+
+    It does if its mean logit difference is at least LEAST and twice its standard error over pairs.
+    """
+    pairs = base[:, 2].view(-1, 2).mean(1)
+    mean, error = pairs.mean().item(), (pairs.std() / len(pairs) ** 0.5).item()
+    does_it = mean >= max(LEAST, 2 * error)
+    accuracy = (base[:, 2] > 0).float().mean().item()
+    return does_it, {
+        "does_the_task": does_it, "logit_difference": mean, "logit_difference_se": error, "accuracy": accuracy,
+    }  # fmt: skip
+
+
+def describe(found: dict[str, Any]) -> str:
+    """A transfer as a table."""
+    task, ablation, left = found["dense_model"], found["ablation"], found["not_transferable"]
+    lines = [
+        f"{found['task']}: {len(found['nodes'])} of the {len(found['nodes']) + len(left)} nodes that read the residual "
+        f"stream carried to {found['dense']}",
+        *(f"  not {name}: {why}" for name, why in left.items()),
+        f"  its logit difference {task['logit_difference']:.3f} +- {task['logit_difference_se']:.3f}, accuracy "
+        f"{task['accuracy']:.1%} of {found['n_prompts']} prompts",
+        *_share_lines(found),
+        f"  {'node':28} {'at':20} {'rise of P(other)':>17} {'random':>18} {'ratio':>7} {'probe':>8} {'share':>7}",
+    ]
+    for node in sorted(found["nodes"], key=lambda n: -n["rise"]):
+        random = f"{node['random_rise']:+.4f} <{node['random_highest']:+.4f}"
+        ratio = "" if node["ratio"] is None else f"{node['ratio']:.1f}"
+        mark = "*" if node["node"] == found["one_node"] else " "
+        lines.append(
+            f" {mark}{node['node']:28} {node['dense_read']:20} {node['rise']:+17.4f} {random:>18} {ratio:>7} "
+            f"{node['probe_rise']:+8.4f} {node['share']:+7.3f}"
+        )
+    lines.append("  *: chosen on training prompts; ratio: to the mean size of the random rises")
+    for key, name in (("logit_difference", "logit difference"), ("text_loss", "loss on other text")):
+        a = ablation[key]
+        lines.append(
+            f"  {name} without {ablation['n_directions']} directions {a['after']:.3f} (before {a['before']:.3f}; "
+            f"random ones {a['random']['mean']:.3f}, {a['random']['lowest']:.3f} to {a['random']['highest']:.3f}; "
+            f"the probe's {a['probe']:.3f})"
+        )
+    return "\n".join(lines)
+
+
+def _share_lines(found: dict[str, Any]) -> list[str]:
+    if found["share"] is None:
+        return ["  share of its logit difference that is moved: not defined, since it does not do the task"]
+    names = {"circuit": "the circuit's directions", "random": "random directions", "probe": "probes of the dense model",
+             "patch": "its own reads of the counterfactual"}  # fmt: skip
+    rows = [
+        f"    {words:36} {s['value']:+.3f}  ({s['low']:+.3f} to {s['high']:+.3f})"
+        for key, words in names.items()
+        for s in [found["share"][key]]
+    ]
+    return ["  share of the change of its logit difference that is moved, at strength 1 (95 % over pairs)", *rows]

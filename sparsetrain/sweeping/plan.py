@@ -1,0 +1,147 @@
+"""What is left of a sweep, and how long it may take: from points that are done, or else from a few timed steps."""
+
+from dataclasses import asdict, dataclass
+from statistics import fmean
+
+from sparsetrain.config import RunConfig
+from sparsetrain.sweeping.points import Point
+from sparsetrain.sweeping.records import Job, recorded
+from sparsetrain.sweeping.sweep_config import ALL, Sweep
+from sparsetrain.sweeping.worker import Worker
+
+MOST_CALIBRATED = 6  # cells whose steps are timed; others are scaled from the nearest
+KNOWN, TIMED, SCALED = "as its other seeds took", "timed steps", "scaled from timed steps"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a point takes.
+
+    Attributes:
+        train_seconds: training; None where nothing is known.
+        peak_bytes: the most memory while training.
+        source: what the two rest on.
+        task_seconds: pruning one task; None before any was pruned.
+        n_tasks: tasks that are pruned, as far as is known.
+    """
+
+    train_seconds: float | None
+    peak_bytes: int | None
+    source: str
+    task_seconds: float | None
+    n_tasks: float
+
+    @property
+    def seconds(self) -> float:
+        """All that is known of the point's time."""
+        return (self.train_seconds or 0) + (self.task_seconds or 0) * self.n_tasks
+
+
+def estimates(config: Sweep, points: list[Point], worker: Worker) -> dict[str, Estimate]:
+    """An estimate for each point, by its id; steps are timed where no other seed of the point is done."""
+    found = {point.id: recorded(config, point) for point in points}
+    cells = {point.group: point for point in points}
+    known = {group: _known([found[p.id] for p in points if p.group == group]) for group in cells}
+    unknown = [point for group, point in cells.items() if known[group] is None]
+    timed = {point.group: _timed(config, point, worker) for point in _spread(unknown)}
+    pruned = [record["seconds"] for of in found.values() for job, record in of if job.stage == "prune" and record]
+    numbers = [sum(job.stage == "prune" for job, _ in of) for of in found.values() if "result" in of[-1][1]]
+    n_tasks = fmean(numbers) if ALL in config.options.tasks and numbers else len({*config.options.tasks} - {ALL})
+    training = {g: known[g] or timed.get(g) or _scaled(cells[g], timed, cells) for g in cells}
+    return {p.id: Estimate(*training[p.group], fmean(pruned) if pruned else None, n_tasks) for p in points}
+
+
+def plan_text(config: Sweep, points: list[Point], left: list[Point], expected: dict[str, Estimate]) -> str:
+    """The plan as a table: a line for all seeds of a combination, then the sum over what is left."""
+    cells: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        cells.setdefault(point.group, []).append(point)
+    width = max(len(_cell_name(of[0])) for of in cells.values())
+    lines = [
+        f"{config.options.folder}: {len(points)} points, {len(points) - len(left)} done or failed, {len(left)} left"
+    ]
+    for of in cells.values():
+        one, n_left = expected[of[0].id], sum(point in left for point in of)
+        lines.append(
+            f"  {_cell_name(of[0]):{width}}  {n_left} of {len(of)} left, {duration(one.train_seconds)} each, "
+            f"{_memory(one.peak_bytes)} ({one.source})"
+        )
+    seconds = sum(expected[point.id].train_seconds or 0 for point in left)
+    return "\n".join([*lines, f"training: about {duration(seconds)}; {_pruning(config, left, expected)}"])
+
+
+def _pruning(config: Sweep, left: list[Point], expected: dict[str, Estimate]) -> str:
+    if not config.options.tasks:
+        return "no task is pruned"
+    some = next(iter(expected.values()))
+    if some.task_seconds is None:
+        return "how long pruning takes is not known before a task was pruned"
+    tasks = f"{some.n_tasks:.3g} tasks a point, {duration(some.task_seconds)} each as those before"
+    return f"pruning: about {duration(some.task_seconds * some.n_tasks * len(left))} ({tasks})"
+
+
+def _known(seeds: list[list[tuple[Job, dict]]]) -> tuple[float, int | None, str] | None:
+    """Time and memory of the seeds of a combination that are trained."""
+    results = [record["result"] for of in seeds for job, record in of if job.stage == "train" and "result" in record]
+    if not results:
+        return None
+    memory = [result["train_peak_bytes"] for result in results if result["train_peak_bytes"]]
+    return fmean(r["train_seconds"] for r in results), max(memory, default=None), KNOWN
+
+
+def _spread(points: list[Point]) -> list[Point]:
+    """A few of the points, from the cheapest to the dearest."""
+    ordered = sorted(points, key=lambda point: cost(point.config))
+    if len(ordered) <= MOST_CALIBRATED:
+        return ordered
+    return [ordered[i * (len(ordered) - 1) // (MOST_CALIBRATED - 1)] for i in range(MOST_CALIBRATED)]
+
+
+def _timed(config: Sweep, point: Point, worker: Worker) -> tuple[float | None, int | None, str]:
+    asked = {key: value for key, value in point.identity.items() if key != "run.seed"}
+    order = {"config": asdict(point.config)}
+    name = f"calibrate-{point.id.rpartition('_seed-')[0]}"
+    job = Job(name, "calibrate", config.options.folder / "plan", asked, order)
+    error = None if job.record() else worker.run(job)
+    result = job.record().get("result")
+    if not result:
+        return None, None, f"not known: {error or job.record().get('error')}"
+    return result["train_seconds"], result["train_peak_bytes"], TIMED
+
+
+def _scaled(point: Point, timed: dict, cells: dict) -> tuple[float | None, int | None, str]:
+    """Time of the combination nearest in cost, in proportion."""
+    of = cost(point.config)
+    nearest = min(
+        (g for g in timed if timed[g][0] is not None), key=lambda g: abs(cost(cells[g].config) - of), default=None
+    )
+    if nearest is None:
+        return None, None, "not known"
+    seconds, memory, _ = timed[nearest]
+    return seconds * of / cost(cells[nearest].config), memory, SCALED
+
+
+def cost(config: RunConfig) -> float:
+    """What training costs at the beginning, in multiply-adds of the dense products."""
+    m, t = config.model, config.train
+    block = m.d_model**2 * (4 + 2 * m.mlp_ratio) + 2 * m.n_ctx * m.d_model
+    return 3.0 * t.steps * t.batch_size * m.n_ctx * (m.n_layers * block + m.d_model * config.data.vocab_size)
+
+
+def _cell_name(point: Point) -> str:
+    values = [f"{key}={value}" for key, value in point.values.items()]
+    return " ".join(filter(None, (point.arm, *values))) or "base"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit that suits them."""
+    if seconds is None:
+        return "? s"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def _memory(n_bytes: int | None) -> str:
+    return "? GiB" if n_bytes is None else f"{n_bytes / 2**30:.2f} GiB"

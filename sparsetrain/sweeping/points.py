@@ -1,0 +1,241 @@
+"""From the config of a sweep to its points: one resolved RunConfig each, in a run directory of its own."""
+
+import hashlib
+import itertools
+import json
+import math
+import random
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, make_dataclass, replace
+from functools import cache, cached_property, reduce
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.config import ConfigError, RunConfig, config_from_dict, known_keys
+from sparsetrain.sweeping.sweep_config import Sweep, read_leaves
+
+# Keys that change where and how a point is computed, but neither its model nor a number of its row.
+FREE = (
+    "run.name", "run.out", "run.device", "run.threads", "run.compile", "data.cache", "train.accumulate",
+    "train.checkpoint_activations", "train.log_every", "train.histogram_every", "train.checkpoint_every",
+    "train.keep_checkpoints",
+)  # fmt: skip
+RESERVED = {"run.seed": "use seeds", "run.name": "it follows from the point", "run.out": "it is the sweep's folder"}
+DENSE = {
+    "sparsity.density": 1, "sparsity.embedding_density": 1, "sparsity.gradient": "dense",
+    **{f"model.abs_topk.{site}": 1 for site in
+       ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")},
+}  # fmt: skip
+SPARSE_SECTIONS = ("sparsity.", "model.abs_topk.")
+LONGEST_ID = 100
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes:
+        arm: the name of its variant; empty where a sweep names none.
+        values: what the grid and the samples set, by key.
+        config: the run's resolved config; its run directory is the point's.
+    """
+
+    arm: str
+    values: dict[str, Any]
+    config: RunConfig
+
+    @property
+    def id(self) -> str:
+        return self.config.run.name
+
+    @property
+    def seed(self) -> int:
+        return self.config.run.seed
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_dir
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The keys that make the point what it is: all that are not at their defaults and not in FREE."""
+        return identity(self.config)
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """What the points of all seeds have in common."""
+        return self.arm, json.dumps(self.values)
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The leaves of a config that are not at their defaults, but for those in FREE, as plain values."""
+    return {key: value for key, value in not_default(config) if key not in FREE}
+
+
+def not_default(config: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of a config that differ from their defaults: keys that a later version adds change nothing."""
+    for key, default in _defaults(type(config)).items():
+        if (value := value_of(config, key)) != default:
+            yield key, value
+
+
+@cache
+def _defaults(kind: type) -> dict[str, Any]:
+    return {key: value_of(kind(), key) for key, _ in known_keys(kind)}
+
+
+def value_of(config: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    return reduce(getattr, key.split("."), config)
+
+
+def expand(sweep: Sweep) -> list[Point]:
+    """All points of a sweep, seed by seed, so that a sweep that is not done yet shows every arm.
+
+    Raises:
+        ConfigError: a key is unknown or set elsewhere, a value is out of range, or keys of a point contradict each
+            other; or two points would share a directory. All problems are listed at once.
+    """
+    problems: list[str] = []
+    axes = _typed_axes(sweep, problems)
+    arms = list(_arms(sweep, problems))
+    _raise(problems)
+    cells = [cell for arm in arms for cell in _cells(sweep, *arm, axes, problems)]
+    _raise(problems)
+    points = [_point(sweep, *cell, seed) for seed in sweep.options.seeds for cell in cells]
+    return _different(points)
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def _arms(sweep: Sweep, problems: list[str]) -> Iterator[tuple[str, RunConfig, set[str]]]:
+    """Name, config and own keys of each arm, and of its dense baseline."""
+    for name, items in (sweep.arms or {"": []}).items():
+        try:
+            base, own = read_leaves(sweep.options.base), read_leaves(items)
+            yield name, config_from_dict(RunConfig, base | own), set(own)
+            if sweep.options.dense is not None:
+                own |= DENSE | read_leaves(sweep.options.dense)
+                sparse = {key for key in (*sweep.grid, *sweep.samples) if key.startswith(SPARSE_SECTIONS)}
+                dense = config_from_dict(RunConfig, base | own)
+                yield "-".join(filter(None, (name, "dense"))), dense, set(own) | sparse
+        except ConfigError as error:
+            where = f"arms.{name}: " if name else "base: "
+            problems += [where + line for line in str(error).splitlines()]
+
+
+def _typed_axes(sweep: Sweep, problems: list[str]) -> list[list[dict[str, Any]]]:
+    """For the grid's keys and for the draws: the settings to choose from, each checked alone."""
+    axes = [(f"grid.{key}", [{key: value} for value in values]) for key, values in sweep.grid.items()]
+    if sweep.samples:
+        axes.append(("samples", [_draw(sweep, i) for i in range(sweep.options.n_samples)]))
+    for key in {*sweep.grid} & {*sweep.samples}:
+        problems.append(f"samples.{key} must not be in the grid too")
+    typed = []
+    for name, settings in axes:
+        try:
+            typed.append([{key: _typed(key, value) for key, value in setting.items()} for setting in settings])
+            twice = [setting for i, setting in enumerate(typed[-1]) if setting in typed[-1][:i]]
+            problems += [f"grid: {key} must have different values, got {s[key]!r} twice" for s in twice for key in s]
+        except ConfigError as error:
+            problems += [f"{name.partition('.')[0]}: {line}" for line in str(error).splitlines()]
+    return typed
+
+
+def _typed(key: str, value: Any) -> Any:
+    """A value of a run's key as the config would hold it, checked against the key's type and range alone."""
+    known = dict(known_keys(RunConfig))
+    if key in RESERVED:
+        raise ConfigError(f"{key} must not be varied; {RESERVED[key]}")
+    if key not in known:
+        config_from_dict(RunConfig, {key: value})  # says which key is nearest
+    kind, inner = known[key].type, {"default": known[key].default, "metadata": known[key].metadata}
+    if callable(known[key].default_factory):
+        inner = {"default_factory": known[key].default_factory, "metadata": known[key].metadata}
+    for name in reversed(key.split(".")):
+        kind = make_dataclass(name, [(name, kind, field(**inner))], frozen=True)
+        inner = {"default_factory": kind}
+    return value_of(config_from_dict(kind, {key: value}), key)
+
+
+def _draw(sweep: Sweep, i: int) -> dict[str, Any]:
+    return {
+        key: _drawn(random.Random(f"{sweep.options.sample_seed} {i} {key}"), *of) for key, of in sweep.samples.items()
+    }
+
+
+def _drawn(rng: random.Random, kind: str, low: float, high: float) -> float:
+    if kind == "integer":
+        return rng.randint(int(low), int(high))
+    drawn = rng.uniform(low, high) if kind == "uniform" else math.exp(rng.uniform(math.log(low), math.log(high)))
+    return min(high, max(low, float(f"{drawn:.4g}")))  # four digits are enough, and can be read
+
+
+def _cells(
+    sweep: Sweep, name: str, base: RunConfig, own: set[str], axes: list[list[dict[str, Any]]], problems: list[str]
+) -> Iterator[tuple[str, dict[str, Any], RunConfig]]:
+    """Arm, values and config of every combination; an arm's own keys are not crossed."""
+    free = [_without(own, settings) for settings in axes]
+    fixed = {key: value_of(base, key) for key in (*sweep.grid, *sweep.samples) if key in own}
+    for chosen in itertools.product(*(settings for settings in free if settings)):
+        values: dict[str, Any] = reduce(dict.__or__, chosen, {})
+        config = with_values(base, values)
+        if found := config.problems():
+            problems += [f"{_label(name, values)}: {problem}" for problem in found]
+        ordered = {key: ({**fixed, **values})[key] for key in (*sweep.grid, *sweep.samples)}
+        yield name, ordered, config
+
+
+def _without(own: set[str], settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The settings of an axis without an arm's own keys, each once."""
+    left: list[dict[str, Any]] = []
+    for setting in settings:
+        rest = {key: value for key, value in setting.items() if key not in own}
+        if rest and rest not in left:
+            left.append(rest)
+    return left
+
+
+def with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """A config with some dotted keys changed."""
+    for key, value in values.items():
+        config = _with(config, key.split("."), value)
+    return config
+
+
+def _with(config: Any, path: list[str], value: Any) -> Any:
+    inner = _with(getattr(config, path[0]), path[1:], value) if len(path) > 1 else value
+    return replace(config, **{path[0]: inner})
+
+
+def _point(sweep: Sweep, arm: str, values: dict[str, Any], config: RunConfig, seed: int) -> Point:
+    config = with_values(config, {"run.seed": seed, "run.out": str(sweep.options.folder / "points")})
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    return Point(arm, values, with_values(config, {"run.name": f"{_label(arm, values)}_seed-{seed}_{digest}"}))
+
+
+def _label(arm: str, values: Mapping[str, Any]) -> str:
+    """A readable name that is a folder's: each key by its last part. No `=`, which makes a path look an override."""
+    parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in values.items()]
+    return re.sub(r"[^\w.+-]+", "_", "_".join(filter(None, (arm, *parts))))[:LONGEST_ID] or "base"
+
+
+def _different(points: list[Point]) -> list[Point]:
+    """Each directory once: equal points of two arms are refused, since rows would count them twice."""
+    by_folder: dict[str, Point] = {}
+    problems = []
+    for point in points:
+        other = by_folder.setdefault(point.id, point)
+        if other is not point:
+            problems.append(f"two points must not share the directory {point.folder}")
+    same: dict[str, Point] = {}
+    for point in points:
+        other = same.setdefault(json.dumps(point.identity, sort_keys=True), point)
+        if other is not point and other.id != point.id:
+            problems.append(f"{point.id} must differ from {other.id}, got the same config; drop one of the two")
+    _raise(problems)
+    return points

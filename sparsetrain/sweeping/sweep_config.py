@@ -1,0 +1,187 @@
+"""The typed configuration of a sweep: what is varied, what each run shares, what is measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.config import ConfigError, config_from_dict, load_config, option, read_item
+from sparsetrain.prune_config import PruneConfig
+from sparsetrain.task_language import LANGUAGE_GENERATORS
+from sparsetrain.task_probing import PROBING_TASKS
+from sparsetrain.task_prompts import GENERATORS
+
+BUILT_IN = tuple(draw.__name__ for draw in (*GENERATORS, *LANGUAGE_GENERATORS))
+ALL = "all"
+DRAWS = ("uniform", "log_uniform", "integer")
+VARIED = """
+what is varied; every combination is a point:
+  grid.KEY=[VALUE, ...]
+      KEY of a run (see `sparsetrain train --help`), with its values
+  arms.NAME=[FILE.yaml, KEY=VALUE, ...]
+      named variants of the base; an arm that sets a KEY of the grid is not crossed with it
+  samples.KEY=[uniform|log_uniform|integer, LOW, HIGH]
+      drawn n_samples times, all keys together"""
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    name: str = option("sweep", "name of the sweep's folder")
+    out: str = option("sweeps", "folder that holds all sweeps")
+    base: list[str] = option([], "what all runs share: FILE.yaml and KEY=VALUE, as `sparsetrain train` takes them")
+    seeds: list[int] = option([0], "run.seed of the points; all else is done once for each")
+    dense: list[str] | None = option(
+        None, "add to each arm its dense baseline of equal depth and width, with these files and overrides besides "
+        "(`optim.lr=0.01`, say); [] adds it as it is; null: none",
+    )  # fmt: skip
+    n_samples: int = option(0, "draws from `samples`", low=0)
+    sample_seed: int = option(0, "seed of the draws; the first draws of more are the same", low=0)
+    tasks: list[str] = option(
+        [], "tasks to prune in every run: names, .jsonl files; all: every built-in task that the full model does, "
+        "calibrated, at the target loss or better",
+    )  # fmt: skip
+    method: str = option("node_masks", "the method that prunes, see `sparsetrain prune --help`")
+    prune: list[str] = option([], "its settings: FILE.yaml and KEY=VALUE, as `sparsetrain prune` takes them")
+    measures: list[str] = option(
+        [],
+        "further measures of a run, as MODULE:FUNCTION; the function takes the run directory and gives numbers by name",
+    )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) / self.name
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's options, and what it varies.
+
+    Attributes:
+        options: see SweepOptions.
+        grid: values of each key.
+        arms: files and overrides of each variant, by name.
+        samples: (kind, low, high) of each key.
+        prune: how tasks are pruned.
+    """
+
+    options: SweepOptions
+    grid: dict[str, list[Any]]
+    arms: dict[str, list[str]]
+    samples: dict[str, tuple[str, float, float]]
+    prune: PruneConfig
+
+
+def load_sweep(arguments: Sequence[str]) -> Sweep:
+    """Read the config of a sweep from YAML files and `key=value` overrides, in the order given.
+
+    Raises:
+        ConfigError: a file cannot be read, or something in it cannot be used; all problems are listed at once. Keys of
+            runs are looked at by `points.expand`.
+    """
+    leaves = read_leaves(arguments)
+    for f in fields(SweepOptions):
+        if "list" in str(f.type) and isinstance(leaves.get(f.name), str):
+            leaves[f.name] = [leaves[f.name]]  # base: configs/quickstart.yaml
+    grid, arms, samples = (_take(leaves, part) for part in ("grid", "arms", "samples"))
+    problems = [*_grid_problems(grid), *_arm_problems(arms), *_sample_problems(samples)]
+    options = _tried(problems, config_from_dict, SweepOptions, leaves)
+    prune = options and _tried(problems, load_config, PruneConfig, options.prune)
+    if options:
+        problems += _option_problems(options, samples)
+        if not (grid or arms or samples or problems or len(options.seeds) > 1 or options.dense is not None):
+            problems.append("a sweep must vary something, got neither grid, arms, samples nor a second seed")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    drawn = {key: (kind, low, high) for key, (kind, low, high) in samples.items()}
+    return Sweep(options, grid, arms, drawn, prune)
+
+
+def read_leaves(arguments: Sequence[str]) -> dict[str, Any]:
+    """The values of YAML files and `key=value` overrides by dotted key, not checked; later ones win.
+
+    Raises:
+        ConfigError: a file or a value cannot be read.
+    """
+    leaves: dict[str, Any] = {}
+    for item in arguments:
+        leaves.update(read_item(item))
+    return leaves
+
+
+def _take(leaves: dict[str, Any], part: str) -> dict[str, Any]:
+    """Move what is under `part.` out of `leaves`; null drops a key, as `arms.dense=null` on the command line."""
+    keys = [key for key in leaves if key == part or key.startswith(f"{part}.")]
+    found = {key.removeprefix(part).removeprefix("."): leaves.pop(key) for key in keys}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _tried(problems: list[str], build, *arguments):
+    """What `build` makes, or None with its problems noted."""
+    try:
+        return build(*arguments)
+    except ConfigError as error:
+        problems += str(error).splitlines()
+        return None
+
+
+def _grid_problems(grid: Mapping[str, Any]) -> list[str]:
+    return [
+        f"grid{'.' * bool(key)}{key} must be a list of at least one value, got {values!r}"
+        + ("" if key else "; name a key of a run, or leave the grid out")
+        for key, values in grid.items()
+        if not key or not isinstance(values, list) or not values
+    ]
+
+
+def _arm_problems(arms: Mapping[str, Any]) -> list[str]:
+    return [
+        f"arms{'.' * bool(name)}{name} must be a list of FILE.yaml and KEY=VALUE, got {items!r}"
+        + ("; write an arm as NAME: [KEY=VALUE]" if "." in name or not name else "")
+        for name, items in arms.items()
+        if not name or not isinstance(items, list) or not all(isinstance(item, str) for item in items)
+    ]
+
+
+def _sample_problems(samples: Mapping[str, Any]) -> list[str]:
+    return [
+        f"samples{'.' * bool(key)}{key} must be [{'|'.join(DRAWS)}, LOW, HIGH] with LOW < HIGH (above 0 for "
+        f"log_uniform), got {drawn!r}"
+        for key, drawn in samples.items()
+        if not _is_draw(drawn)
+    ]
+
+
+def _is_draw(drawn: Any) -> bool:
+    if not isinstance(drawn, list) or len(drawn) != 3 or drawn[0] not in DRAWS:
+        return False
+    kind, low, high = drawn
+    numbers = all(isinstance(x, int if kind == "integer" else (int, float)) for x in (low, high))
+    return numbers and low < high and (low > 0 or kind != "log_uniform")
+
+
+def _option_problems(options: SweepOptions, samples: Mapping[str, Any]) -> list[str]:
+    found = []
+    if not options.name or Path(options.name).name != options.name:
+        found.append(f"name must be a folder's name without a path, got {options.name!r}")
+    if "=" in str(options.folder):
+        found.append(f"out and name must be without =, got {str(options.folder)!r}; it would be read as an override")
+    if not options.seeds or len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
+        found.append(f"seeds must be different numbers of at least 0, at least one, got {options.seeds}")
+    if bool(samples) != bool(options.n_samples):
+        found.append(f"n_samples must be at least 1 with samples and 0 without, got {options.n_samples}")
+    known = (*BUILT_IN, *PROBING_TASKS, ALL)
+    found += [
+        f"tasks must be built-in names, .jsonl files that are there, or all, got {task!r}; `sparsetrain tasks RUN` "
+        "lists names"
+        for task in options.tasks
+        if task not in known and not (task.endswith(".jsonl") and Path(task).is_file())
+    ]
+    names = [task_name(task) for task in options.tasks]
+    found += [f"tasks must have different names, got {name} twice" for name in {n for n in names if names.count(n) > 1}]
+    found += [f"measures must be written MODULE:FUNCTION, got {m!r}" for m in options.measures if m.count(":") != 1]
+    return found
+
+
+def task_name(task: str) -> str:
+    """The name under which a run keeps the circuits of a task: of a file, its stem."""
+    return Path(task).stem if task.endswith(".jsonl") else task

@@ -1,0 +1,118 @@
+"""The summary of a sweep as Markdown: over arms and grid, means over seeds and standard deviations."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Two Markdown tables of a sweep's rows: one over models, and one over models and tasks, if there are any.
+
+    Edges are a geometric mean over the tasks whose target was reached; how many those are stands beside it.
+    """
+    if not rows:
+        return "Nothing is done yet.\n"
+    keys, further = list(rows[0]["values"]), _further(rows)
+    models = [_model_line(of, keys, further) for of in _grouped(rows, _cell)]
+    head = [
+        "arm",
+        *keys,
+        "seeds",
+        "n_nonzero",
+        "held-out loss",
+        "train s",
+        "tasks reached",
+        "edges",
+        *further,
+        "failed",
+    ]
+    text = "Means over seeds +- standard deviation.\n\n" + _markdown(head, models)
+    tasks = [_task_line(of, keys) for of in _grouped([r for r in rows if r["task"] and r.get("method")], _task_cell)]
+    if tasks:
+        head = ["task", "arm", *keys, "reached", "edges", "nodes", "task loss", "full model's", "without the circuit",
+                "without random ones", "KL", "search s"]  # fmt: skip
+        text += "\n" + _markdown(head, tasks)
+    return text
+
+
+def mean_and_deviation(values: Iterable[float | None], digits: int = 3) -> str:
+    """As 1.23 +- 0.04, of the values that are there."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return ""
+    around = f" +- {stdev(there):.{digits}g}" if len(there) > 1 else ""
+    return f"{fmean(there):.{max(digits, len(str(int(abs(fmean(there))))))}g}{around}"
+
+
+def _cell(row: Row) -> str:
+    return json.dumps([row["arm"], row["values"]])
+
+
+def _task_cell(row: Row) -> str:
+    return json.dumps([row["task"], row["arm"], row["values"]])
+
+
+def _grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> list[list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.values())
+
+
+def _by_seed(rows: list[Row]) -> list[list[Row]]:
+    return _grouped(rows, lambda row: str(row["seed"]))
+
+
+def _model_line(rows: list[Row], keys: list[str], further: list[str]) -> list[Any]:
+    models = _by_seed(rows)
+    firsts = [of[0] for of in models]
+    tasks = [row for row in rows if row["task"]]
+    reached = sum(row["reached"] is True for row in tasks)
+    failed = sum(any(row["error"] for row in of) for of in models)
+    return [
+        *_name(rows, keys), len(models), *(_mean(firsts, key) for key in ("n_nonzero", "val_loss", "train_seconds")),
+        f"{reached} of {len(tasks)}" if tasks else "", mean_and_deviation(map(_geometric_mean_edges, models)),
+        *(_mean(firsts, key) for key in further), failed or "",
+    ]  # fmt: skip
+
+
+def _task_line(rows: list[Row], keys: list[str]) -> list[Any]:
+    reached = [row for row in rows if row["reached"]]
+    shown = ("n_edges", "n_nodes", "task_loss", "full_model_loss_calibrated", "completeness_loss",
+             "random_ablation_loss", "kl", "discovery_seconds")  # fmt: skip
+    return [
+        rows[0]["task"], *_name(rows, keys), f"{len(reached)} of {len(rows)}", *(_mean(reached, key) for key in shown)
+    ]  # fmt: skip
+
+
+def _name(rows: list[Row], keys: list[str]) -> list[Any]:
+    return [rows[0]["arm"], *(rows[0]["values"][key] for key in keys)]
+
+
+def _mean(rows: Iterable[Row], key: str) -> str:
+    return mean_and_deviation(row.get(key) for row in rows)
+
+
+def _geometric_mean_edges(rows: list[Row]) -> float | None:
+    edges = [max(1, row["n_edges"]) for row in rows if row.get("reached")]
+    return math.exp(fmean(map(math.log, edges))) if edges else None
+
+
+def _further(rows: Sequence[Row]) -> list[str]:
+    """The names of further measures: numbers that are no columns of their own."""
+    known = {
+        "sweep", "point", "arm", "values", "seed", "n_params", "n_nonzero", "val_loss", "train_seconds", "tokens",
+        "train_peak_bytes",
+    }  # fmt: skip
+    trained = next((row for row in rows if row["val_loss"] is not None), {})
+    names = list(trained)[: list(trained).index("error")] if trained else []
+    return [name for name in names if name not in known and isinstance(trained[name], (int, float))]
+
+
+def _markdown(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    rows = [f"| {' | '.join(map(str, cells))} |" for cells in ([*head], ["---"] * len(head), *lines)]
+    return "\n".join(rows) + "\n"

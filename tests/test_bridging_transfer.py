@@ -1,0 +1,393 @@
+"""Circuits carried across a bridge: identities on a rotated copy, controls, ablations, the stage and its refusals."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import rotate_
+
+import sparsetrain
+from sparsetrain import checkpoint
+from sparsetrain.bridge_config import BridgeConfig
+from sparsetrain.bridging import steering
+from sparsetrain.bridging.bridge import Bridge, Pair
+from sparsetrain.bridging.dense import OwnModel
+from sparsetrain.bridging.directions import read_norm, read_of, transferred
+from sparsetrain.bridging.residuals import BridgeError
+from sparsetrain.bridging.transfer import transfer
+from sparsetrain.bridging.transfer_measures import defined, describe, share
+from sparsetrain.config import AbsTopKOptions, ModelOptions, config_to_yaml, load_config
+from sparsetrain.model import Transformer
+from sparsetrain.pruning.ablation import Ablation
+from sparsetrain.pruning.circuit import Circuit, CircuitError, save_circuit
+from sparsetrain.pruning.evaluate import Calibration
+from sparsetrain.pruning.graph import node_sites
+from sparsetrain.tasks import TaskData
+
+V, T, D = 40, 9, 16
+ALL = AbsTopKOptions(**dict.fromkeys(("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out"), 1.0))
+READS = ("blocks.0.attn_in", "blocks.0.mlp_in", "blocks.1.attn_in", "blocks.1.mlp_in")
+
+
+def options(**changed) -> ModelOptions:
+    return ModelOptions(n_layers=2, d_model=D, d_head=4, n_ctx=16, abs_topk=ALL, bigram=False, **changed)
+
+
+@torch.no_grad()
+def shaken(model: Transformer, seed=0) -> Transformer:
+    """A model none of whose parameters is as it was at first, gains of norms included."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A dense model with uneven gains, its copy in another basis, and the exact bridge between their residuals."""
+    dense = shaken(Transformer(options(), V))
+    sparse = copy.deepcopy(dense)
+    rotation = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0)))[0]
+    rotate_(sparse, rotation)
+    sparse, dense = OwnModel(sparse, None), OwnModel(dense, None)
+    return sparse, dense, exact_bridge(sparse, rotation)
+
+
+@torch.no_grad()
+def exact_bridge(model, rotation, scale=2.0, sparse_scale=0.5) -> Bridge:
+    bridge = Bridge([Pair(site, site) for site in model.sites], len(rotation), len(rotation), topk=1)
+    for encoder, decoder in zip(bridge.encoders, bridge.decoders, strict=True):
+        encoder.weight.copy_(rotation.T * scale / sparse_scale)
+        decoder.weight.copy_(rotation * sparse_scale / scale)
+        encoder.bias.zero_()
+        decoder.bias.zero_()
+    bridge.scale.fill_(scale)
+    bridge.sparse_scale.fill_(sparse_scale)
+    return bridge.requires_grad_(False)
+
+
+def random_tokens(n: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(V, (n, T), generator=torch.Generator().manual_seed(seed))
+
+
+def task_data(n: int = 8) -> TaskData:
+    """Prompts of random tokens; those of a pair are equally long."""
+    last = torch.randint(3, T, (n // 2,), generator=torch.Generator().manual_seed(2)).repeat_interleave(2)
+    right = torch.arange(n) % 2
+    return TaskData("made", random_tokens(n), last, 3 + right, 4 - right, torch.full((n,), 3), ("",) * n)
+
+
+def chosen(model: OwnModel, **channels):
+    """A node set: at each site the channels given, else none."""
+    nodes = {s: torch.zeros(n, dtype=torch.bool) for s, n in node_sites(model.model.options).items()}
+    for site, those in channels.items():
+        nodes[site.replace("__", ".")][those] = True
+    return nodes
+
+
+def carried(pair, **channels):
+    sparse, dense, bridge = pair
+    return transferred(chosen(sparse, **channels), bridge, sparse, dense, random_tokens(6, seed=5))[0]
+
+
+def at_heldout(pair, found):
+    sparse, dense, _ = pair
+    prompts = steering.read_prompts(dense, task_data(), True, list(steering.by_read(found)))
+    return prompts, steering.node_changes(sparse, found, prompts)
+
+
+def by_hand(sparse, data, edits):
+    """Answers of the sparse model with its reads edited."""
+    logits = sparse.steer(data.tokens, edits)
+    return steering.answers(logits[torch.arange(len(data)), data.last], data)
+
+
+@pytest.mark.parametrize("read", [*READS, "final_resid"])
+def test_a_direction_does_what_editing_the_channel_does(pair, read):
+    """The copy has the sparse model's scales, so that this holds to rounding, at any strength."""
+    sparse, dense, _ = pair
+    found = carried(pair, **{read.replace(".", "__"): [5]})
+    assert [d.node for d in found] == [f"{read}:5"]
+    prompts, moved = at_heldout(pair, found)
+    assert moved[found[0].node].abs().max() > 0.1
+
+    def edit(strength):
+        def edited(x):
+            change = steering.changes(x, prompts.data, True)
+            return torch.cat([x[..., :5], x[..., 5:6] + strength * change[..., 5:6], x[..., 6:]], -1)
+
+        return {found[0].read: edited}
+
+    for strength in (0.3, 1.0):
+        got = steering.steer(dense, prompts, steering.along(found, moved), strength)
+        torch.testing.assert_close(got, by_hand(sparse, prompts.data, edit(strength)), rtol=1e-4, atol=1e-5)
+
+
+def test_all_channels_of_a_read_are_a_patch_of_it(pair):
+    _, dense, _ = pair
+    found = carried(pair, blocks__1__attn_in=slice(None))
+    prompts, moved = at_heldout(pair, found)
+    steered = steering.steer(dense, prompts, steering.along(found, moved), 1)
+    patched = steering.steer(dense, prompts, steering.patch(prompts, ["blocks.1.attn_in"]), 1)
+    torch.testing.assert_close(steered, patched, rtol=1e-4, atol=1e-5)
+
+
+def test_all_channels_of_all_reads_are_the_counterfactual(pair):
+    """What earlier reads have already moved is not moved again by later ones."""
+    _, dense, _ = pair
+    found = carried(pair, **{read.replace(".", "__"): slice(None) for read in (*READS, "final_resid")})
+    prompts, moved = at_heldout(pair, found)
+    target = steering.plain(dense, steering.counterfactuals(prompts.data))
+    pushes = steering.along(found, moved)
+    torch.testing.assert_close(steering.steer(dense, prompts, pushes, 1), target, rtol=1e-3, atol=1e-4)
+    base = steering.plain(dense, prompts.data)
+    torch.testing.assert_close(steering.steer(dense, prompts, pushes, 0), base)
+    assert share(steering.steer(dense, prompts, pushes, 1), base, target)["value"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_counterfactual_asks_for_the_answers_of_its_prompt(pair):
+    _, dense, _ = pair
+    data = task_data()
+    own, other = steering.plain(dense, data), steering.plain(dense, steering.counterfactuals(data))
+    rows = torch.arange(len(data)) ^ 1
+    torch.testing.assert_close(other[:, :2], own[rows][:, [1, 0]])
+    torch.testing.assert_close(other[:, 2], -own[rows][:, 2])
+
+
+def test_random_directions_have_the_lengths_and_angles_of_the_given(pair):
+    found = carried(pair, blocks__0__mlp_in=[1, 4, 9], blocks__1__mlp_in=[2])
+    moved = at_heldout(pair, found)[1]
+    ours = steering.along(found, moved)
+    theirs = steering.along_random(found, moved, torch.Generator().manual_seed(0))
+    again = steering.along_random(found, moved, torch.Generator().manual_seed(0))
+    for read, push in ours.items():
+        torch.testing.assert_close(theirs[read].change.norm(dim=-1), push.change.norm(dim=-1), rtol=1e-4, atol=1e-5)
+        alike = torch.cosine_similarity(theirs[read].change, push.change, dim=-1)
+        assert (alike[push.change.norm(dim=-1) > 0.1].abs() < 0.95).all()
+        assert torch.equal(theirs[read].change, again[read].change)
+        rows = theirs[read].span
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), rtol=0, atol=1e-5)
+
+
+def test_the_probe_is_the_way_between_the_sides_and_as_long_as_the_circuits(pair):
+    found = carried(pair, blocks__1__mlp_in=[2, 3])
+    prompts, moved = at_heldout(pair, found)
+    pushes = steering.along(found, moved)
+    probe = steering.probes(pushes, prompts)
+    read = "blocks.1.mlp_in"
+    weight = pushes[read].change.norm(dim=-1)
+    by_hand = sum(
+        weight[row, t] * (prompts.reads[read][row + 1, t] - prompts.reads[read][row, t])
+        for row in range(0, len(prompts.data), 2)
+        for t in range(int(prompts.data.last[row]) + 1)
+    )
+    torch.testing.assert_close(probe[read], by_hand / by_hand.norm(), rtol=1e-4, atol=1e-5)
+    made = steering.along_probe(pushes, prompts, probe)[read].change
+    torch.testing.assert_close(made.norm(dim=-1), weight)
+    assert ((made @ probe[read])[0::2] >= 0).all() and ((made @ probe[read])[1::2] <= 0).all()
+
+
+def test_prompts_of_other_lengths_are_compared_at_their_last_token(pair):
+    data = replace(task_data(4), last=torch.tensor([3, 6, 8, 8]))
+    values = torch.randn(4, T, 5)
+    found = steering.changes(values, data, everywhere=False)
+    torch.testing.assert_close(found[0, 3], values[1, 6] - values[0, 3])
+    torch.testing.assert_close(found[1, 6], values[0, 3] - values[1, 6])
+    assert found.abs().sum(-1).count_nonzero() == 4
+    everywhere = steering.changes(values, replace(data, last=torch.tensor([3, 3, 8, 8])), everywhere=True)
+    torch.testing.assert_close(everywhere[0, :4], (values[1] - values[0])[:4])
+    assert everywhere[0, 4:].abs().max() == 0
+
+
+def test_ablated_reads_have_the_means_component_and_keep_the_rest(pair):
+    _, dense, _ = pair
+    found = carried(pair, blocks__1__mlp_in=[2, 3, 7])
+    spans = steering.spans(found)
+    (name, span), mean, x = *spans.items(), torch.randn(D), torch.randn(3, 4, D)
+    assert span.shape == (3, D)
+    out = steering.ablations(spans, {name: mean})[name](x)
+    torch.testing.assert_close(out @ span.T, (mean @ span.T).expand(3, 4, 3), rtol=1e-4, atol=1e-5)
+    rest = torch.eye(D) - span.T @ span
+    torch.testing.assert_close(out @ rest, x @ rest, rtol=1e-4, atol=1e-5)
+    # A read whose every token is ablated along all directions is its mean.
+    tokens = task_data().tokens
+    means = dense.run(tokens, [name])[0][name].flatten(0, 1).mean(0)
+    whole = steering.ablations({name: torch.eye(D)}, {name: means})
+    edited = dense.steer(tokens, {name: lambda x: means.expand_as(x)})
+    torch.testing.assert_close(dense.steer(tokens, whole), edited, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer", "none"])
+def test_a_norm_at_fixed_scale_is_its_derivative_where_the_scale_does_not_change(norm):
+    model = OwnModel(shaken(Transformer(options(norm=norm), V)), None)
+    module = model.model.blocks[1].mlp.norm.resid
+    h = torch.randn(D) * 3
+    found = read_norm(model, "blocks.1.mlp_in", h[None])
+    change = torch.randn(D)
+    along = h - h.mean() if norm == "layer" else h
+    if norm != "none":
+        change = change - along * (change @ along) / (along @ along)
+    _, derivative = torch.autograd.functional.jvp(module, h, change)
+    torch.testing.assert_close(found.push(change), derivative, rtol=1e-4, atol=1e-5)
+    assert found.centred == (norm == "layer")
+    if norm != "layer":
+        unit = torch.zeros(D)
+        unit[3] = found.pull(3)
+        torch.testing.assert_close(found.push(unit)[3], torch.tensor(1.0))
+
+
+def test_a_norm_of_another_kind_is_refused(pair):
+    class Grouped(OwnModel):
+        def normed(self, read, resid):
+            return torch.nn.functional.group_norm(resid.reshape(-1, D), 4).view_as(resid)
+
+    with pytest.raises(BridgeError, match="norm before blocks.0.attn_in must divide a token's residual by one number"):
+        read_norm(Grouped(pair[0].model, None), "blocks.0.attn_in", torch.randn(5, D))
+
+
+def test_nodes_without_a_place_are_listed_with_the_reason(pair):
+    _, dense, _ = pair
+    sparse = OwnModel(shaken(Transformer(options(positions="concat", d_pos=4), V)), None)
+    with torch.no_grad():
+        sparse.model.blocks[1].attn.norm.resid.weight[6] = 0
+    bridge = Bridge([Pair("blocks.1.resid_pre", "blocks.0.resid_pre")], D, D, topk=1).requires_grad_(False)
+    nodes = chosen(sparse, blocks__0__attn_in=[1], blocks__1__attn_in=[3, 6, D + 1], final_resid=[0], blocks__0__q=[2])
+    found, left = transferred(nodes, bridge, sparse, dense, random_tokens(4))
+    assert [(d.node, d.dense_site, d.dense_read) for d in found] == [
+        ("blocks.1.attn_in:3", "blocks.0.resid_pre", "blocks.0.attn_in")
+    ]
+    assert {node: why.split(",")[0] for node, why in left.items()} == {
+        "blocks.0.attn_in:1": "the bridge has no pair for blocks.0.resid_pre",
+        "blocks.1.attn_in:6": "the gain of the sparse model's norm is zero there",
+        f"blocks.1.attn_in:{D + 1}": "it reads a channel of positions",
+        "final_resid:0": "the bridge has no pair for final_resid",
+    }
+
+    class Bare(OwnModel):
+        def __init__(self, model):
+            super().__init__(model, None)
+            self.reads = ("final_in",)
+
+    left = transferred(nodes, bridge, sparse, Bare(dense.model), random_tokens(4))[1]
+    assert "through no norm" in left["blocks.1.attn_in:3"]
+    assert [read_of(site) for site in sparse.sites] == list(sparse.reads)
+
+
+def test_a_share_is_a_ratio_of_means_within_its_interval():
+    generator = torch.Generator().manual_seed(0)
+    base, target = torch.zeros(40, 3), torch.zeros(40, 3)
+    target[:, 2] = -4 + torch.randn(40, generator=generator)
+    moved = 0.25 * target
+    assert share(moved, base, target) == pytest.approx({"value": 0.25, "low": 0.25, "high": 0.25}, rel=1e-5)
+    moved[:, 2] += torch.randn(40, generator=generator)
+    found = share(moved, base, target)
+    assert found["low"] < found["value"] < found["high"] and found["high"] - found["low"] > 0.05
+
+
+def test_a_model_that_cannot_do_the_task_is_told_from_one_that_can():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(40, 3, generator=generator)
+    assert not defined(base)[0]  # noise around zero
+    base[:, 2] += 2
+    assert defined(base)[0]
+    base[:, 2] = 0.01
+    assert not defined(base)[0]  # certain, but nothing
+
+
+@pytest.fixture(scope="module")
+def bridged(rotated_run, dense_run, tmp_path_factory):
+    """The rotated run with an exact bridge, and circuits of a few nodes and of components."""
+    source, rotation = rotated_run
+    run = tmp_path_factory.mktemp("transfer") / "run"
+    shutil.copytree(source, run)
+    model, tokenizer = sparsetrain.load(run)
+    folder = run / "bridges" / "dense"
+    folder.mkdir(parents=True)
+    sparse = OwnModel(model, tokenizer)
+    bridge = exact_bridge(sparse, rotation)
+    checkpoint.save_sparse(folder / "bridge.safetensors", bridge.state_dict())
+    config = load_config(BridgeConfig, [f"bridge.sparse={run}", f"bridge.dense={dense_run}", "bridge.topk=1"])
+    (folder / "config.yaml").write_text(config_to_yaml(config))
+    report = {"pairs": [{**vars(p), "explained_to_dense": 1.0} for p in bridge.pairs]}
+    (folder / "report.json").write_text(json.dumps(report))
+    nodes = chosen(sparse, blocks__0__attn_in=[3], blocks__1__mlp_in=[1, 4], blocks__0__q=[2], final_resid=[9])
+    settings = {"prune": {"seed": 0}, "run": "run", "task": "single_double_quote"}
+    circuit = Circuit("single_double_quote", "node_masks", "channel", nodes, [], Ablation("zero", {}), Calibration(),
+                      settings=settings)  # fmt: skip
+    made = {
+        "node_masks": circuit,
+        "of_components": replace(circuit, graph="component", nodes={"embed": torch.ones(1, dtype=torch.bool)}),
+        "of_another": replace(circuit, nodes={"final_resid": torch.ones(5, dtype=torch.bool)}),
+        "of_no_reads": replace(circuit, nodes=chosen(sparse, blocks__0__q=[2])),
+    }
+    for name, each in made.items():
+        save_circuit(run / "circuits" / "single_double_quote" / name, each)
+    return run
+
+
+@pytest.fixture(scope="module")
+def found(bridged):
+    return json.loads(transfer(bridged, "single_double_quote", n_pairs=4, n_random=3).read_text())
+
+
+def test_the_result_is_complete(found, bridged):
+    assert (bridged / "bridges/dense/transfer/single_double_quote/node_masks/transfer.json").exists()
+    nodes = ["blocks.0.attn_in:3", "blocks.1.mlp_in:1", "blocks.1.mlp_in:4", "final_resid:9"]
+    assert [node["node"] for node in found["nodes"]] == nodes and found["n_nodes"] == 5
+    assert found["one_node"] in nodes and found["not_transferable"] == {}
+    assert found["n_prompts"] == 8 and found["strengths"] == pytest.approx([i / 10 for i in range(11)])
+    assert found["explained_to_dense"].keys() == {"blocks.0.resid_pre", "blocks.1.resid_mid", "final_resid"}
+    assert set(found["curves"]) == {"circuit", "probe", "patch", "random"}
+    for name, curve in found["curves"].items():
+        keys = {"mean", "lowest", "highest"} if name == "random" else {"mean", "se"}
+        for side in ("both", "to_negative", "to_positive"):
+            for measure in ("own", "other", "logit_difference"):
+                assert {k: len(v) for k, v in curve[side][measure].items()} == dict.fromkeys(keys, 11)
+        start = curve["both"]["other"]["mean"][0]
+        assert start == pytest.approx(found["curves"]["patch"]["both"]["other"]["mean"][0], rel=1e-4)
+    for node in found["nodes"]:
+        both = node["curve"]["both"]["other"]["mean"]
+        assert node["rise"] == pytest.approx(both[-1] - both[0], abs=1e-6)
+    for key in ("logit_difference", "text_loss"):
+        row = found["ablation"][key]
+        assert row["random"]["lowest"] <= row["random"]["mean"] <= row["random"]["highest"]
+    assert found["ablation"]["n_directions"] == 4
+    before = found["ablation"]["logit_difference"]["before"]
+    assert before == pytest.approx(found["dense_model"]["logit_difference"], rel=1e-4)
+
+
+def test_the_same_again_gives_the_same_bits(found, bridged):
+    assert json.loads(transfer(bridged, "single_double_quote", n_pairs=4, n_random=3).read_text()) == found
+
+
+def test_the_table_tells_each_node_and_a_share_that_is_not_defined(found):
+    text = describe(found | {"not_transferable": {"blocks.0.mlp_in:2": "the bridge has no pair for it"}})
+    assert all(node["node"] in text for node in found["nodes"])
+    assert "not blocks.0.mlp_in:2: the bridge has no pair" in text and "4 of the 5 nodes" in text
+    assert "not defined, since it does not do the task" in describe(found | {"share": None})
+    row = {"value": 0.5, "low": 0.4, "high": 0.6}
+    shares = dict.fromkeys(("circuit", "random", "probe", "patch"), row)
+    assert "the circuit's directions             +0.500  (+0.400 to +0.600)" in describe(found | {"share": shares})
+
+
+@pytest.mark.parametrize(
+    ("circuit", "bridge", "error", "words"),
+    [
+        ("topk_masks", "dense", CircuitError, "--circuit must be one of those in .*, got 'topk_masks'"),
+        (
+            "node_masks",
+            "other",
+            BridgeError,
+            "--bridge must be one that is finished in .* are dense, got 'other'",
+        ),
+        ("of_components", "dense", CircuitError, "got one of the graph 'component', whose heads and MLPs"),
+        ("of_another", "dense", CircuitError, "must hold a circuit of this run's model"),
+        ("of_no_reads", "dense", BridgeError, "none: none of its nodes reads the residual stream"),
+    ],
+)
+def test_what_cannot_be_carried_is_refused(bridged, circuit, bridge, error, words):
+    with pytest.raises(error, match=words):
+        transfer(bridged, "single_double_quote", circuit, bridge)

@@ -1,0 +1,66 @@
+"""The config of a sweep: what it reads, and the answers to what it cannot use."""
+
+import pytest
+
+from sparsetrain.config import ConfigError
+from sparsetrain.sweeping.sweep_config import load_sweep
+
+
+def test_files_and_overrides_give_grid_arms_and_samples(tmp_path):
+    (tmp_path / "s.yaml").write_text(
+        "base: configs/quickstart.yaml\n"
+        "grid: {model: {d_model: [64, 128]}, sparsity.density: [0.1]}\n"
+        "arms: {plain: [], far: [optim.lr=0.1]}\n"
+        "samples: {optim.lr: [log_uniform, 1e-3, 1e-1]}\n"
+        "n_samples: 2\n"
+        "prune: [target_loss=0.3]\n"
+    )
+    read = load_sweep([str(tmp_path / "s.yaml"), "grid.sparsity.density=[0.2,0.4]", "arms.far=null", "name=mine"])
+    assert read.options.name == "mine"
+    assert read.options.base == ["configs/quickstart.yaml"]
+    assert read.grid == {"model.d_model": [64, 128], "sparsity.density": [0.2, 0.4]}
+    assert read.arms == {"plain": []}
+    assert read.samples == {"optim.lr": ("log_uniform", 0.001, 0.1)}
+    assert read.prune.target_loss == 0.3
+
+
+def test_all_problems_are_told_at_once():
+    arguments = [
+        "grid.model.d_model=64", "grid.sparsity.density=[]", "arms.a.optim.lr=0.1", "arms.b=[[1]]", "sedes=[1]",
+        "samples.optim.lr=[uniform,2,1]", "samples.optim.eps=[log_uniform,0,1]",
+        "samples.model.d_model=[integer,1.5,3]",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        load_sweep(arguments)
+    told = str(error.value)
+    assert "grid.model.d_model must be a list of at least one value, got 64" in told
+    assert "grid.sparsity.density must be a list of at least one value, got []" in told
+    assert "arms.a.optim.lr must be a list of FILE.yaml and KEY=VALUE, got 0.1; write an arm as NAME:" in told
+    assert "arms.b must be a list of FILE.yaml and KEY=VALUE, got [[1]]" in told
+    assert "unknown key sedes = [1]; did you mean seeds?" in told
+    assert all(f"samples.{key} must be [uniform|" in told for key in ("optim.lr", "optim.eps", "model.d_model"))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "a sweep must vary something"),
+        (["grid={}", "seeds=[0,1]"], "grid must be a list of at least one value, got {}; name a key of a run"),
+        (["seeds=[]"], "seeds must be different numbers"),
+        (["seeds=[1,1]"], "seeds must be different numbers"),
+        (["seeds=[0,1]", "name=a/b"], "name must be a folder's name"),
+        (["seeds=[0,1]", "out=a=b"], "out and name must be without ="),
+        (["seeds=[0,1]", "tasks=[for_wile]"], "tasks must be built-in names"),
+        (["seeds=[0,1]", "tasks=[nowhere.jsonl]"], "got 'nowhere.jsonl'"),
+        (["seeds=[0,1]", "tasks=[for_while,for_while]"], "got for_while twice"),
+        (["seeds=[0,1]", "measures=[wiring]"], "measures must be written MODULE:FUNCTION, got 'wiring'"),
+        (["seeds=[0,1]", "n_samples=2"], "n_samples must be at least 1 with samples and 0 without"),
+        (["samples.optim.lr=[uniform,0,1]"], "n_samples must be at least 1"),
+        (["seeds=[0,1]", "prune=[target_los=1]"], "did you mean target_loss?"),
+        (["nowhere.yaml"], "cannot read the config nowhere.yaml"),
+    ],
+)
+def test_what_cannot_be_used_is_named(arguments, words):
+    with pytest.raises(ConfigError) as error:
+        load_sweep(arguments)
+    assert words in str(error.value)

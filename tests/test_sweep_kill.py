@@ -1,0 +1,57 @@
+"""Killed at random times, and then run again, a sweep has the rows of one that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+from sparsetrain.sweeping.run import sweep
+from sparsetrain.sweeping.sweep_config import load_sweep
+from sparsetrain.sweeping.worker import Worker
+
+COSTS = ("train_seconds", "train_peak_bytes", "discovery_seconds", "discovery_peak_bytes")
+ARGUMENTS = ["seeds=[0,1]", "prune=[target_loss=0.69,node_masks.steps=20,train_pairs=16,heldout_pairs=16,"
+             "reference_tokens=512,random_sets=2,nonsense=false,clean_evaluations=50]"]  # fmt: skip
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [pid, *(p for child in file.read().split() for p in family(int(child)))]
+
+
+def killed(arguments: list[str], folder, seconds: float, all_at_once: bool) -> None:
+    """Start a sweep and kill it some time after it has recorded something new, or else when it has ended."""
+    command = [sys.executable, "-m", "sparsetrain", "sweep", *arguments]
+    victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    n_before = n_recorded(folder)
+    while victim.poll() is None and n_recorded(folder) == n_before:
+        time.sleep(0.05)
+    time.sleep(seconds)
+    for pid in family(victim.pid) if victim.poll() is None and all_at_once else [victim.pid]:
+        os.kill(pid, signal.SIGKILL)
+    victim.wait()
+
+
+def n_recorded(points) -> int:
+    return sum(len(json.loads(file.read_text())) for file in points.glob("*/jobs.json"))
+
+
+def facts(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in (*COSTS, "sweep")} for row in rows]
+
+
+def test_the_rows_are_those_of_a_sweep_that_was_not_killed(sweep_place, sweep_base):
+    arguments, rng = [*sweep_base, *ARGUMENTS], random.Random(5)
+    points = sweep_place / "sweeps/killed/points"
+    for all_at_once in (False, True):
+        killed([*arguments, "name=killed"], points, rng.uniform(0, 1.5), all_at_once)
+    n_left = 4 - n_recorded(points)
+    with Worker() as worker:
+        rows, whole = (sweep(load_sweep([*arguments, f"name={name}"]), worker=worker) for name in ("killed", "whole"))
+    assert n_left > 0, "the kills came too late to show anything"
+    assert len(whole) == 2 and all(row["error"] is None and row["reached"] for row in whole)
+    assert facts(rows) == facts(whole)

@@ -1,0 +1,186 @@
+"""A sweep of tiny models, run by real processes: what is recorded, left alone, or fails, and what a kill costs."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from sparsetrain.checkpoint import load_run
+from sparsetrain.config import ConfigError, load_config
+from sparsetrain.prune_config import PruneConfig
+from sparsetrain.pruning.prune import prune
+from sparsetrain.sweeping.points import expand
+from sparsetrain.sweeping.rows import read_rows
+from sparsetrain.sweeping.run import sweep
+from sparsetrain.sweeping.sweep_config import load_sweep
+from sparsetrain.sweeping.worker import Worker
+
+QUICK = ["target_loss=0.69", "node_masks.steps=20", "node_masks.batch_pairs=8", "train_pairs=16", "heldout_pairs=16",
+         "reference_tokens=512", "random_sets=2", "nonsense=false", "clean_evaluations=50"]  # fmt: skip
+MEASURES = """
+import json, os, signal
+
+def depth(run):
+    return {"depth": len(list(run.glob("checkpoints/*")))}
+
+def killed(run):
+    if not (run / "spare").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"spared": 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(sweep_place):
+    (sweep_place / "my_measures.py").write_text(MEASURES)
+    return sweep_place
+
+
+@pytest.fixture(scope="module")
+def base(sweep_base) -> list[str]:
+    return [*sweep_base, f"prune={json.dumps(QUICK)}"]
+
+
+@pytest.fixture(scope="module")
+def worker(place):
+    """One process for all sweeps: it takes seconds to start."""
+    with Worker() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def arguments(base) -> list[str]:
+    return [*base, "name=all", "arms.good=[]", "arms.bad=[optim.lr=1e38]", "seeds=[0,1]",
+            "measures=[my_measures:depth,my_measures:killed]"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(place, arguments, worker):
+    """The rows of a sweep of which one arm cannot be trained, and one measure kills its process."""
+    return sweep(load_sweep(arguments), worker=worker)
+
+
+def good(rows):
+    return [row for row in rows if row["arm"] == "good"]
+
+
+def test_a_row_holds_what_the_run_directory_says(place, arguments, rows):
+    assert rows == read_rows("sweeps/all")
+    assert [(row["arm"], row["seed"], row["task"]) for row in good(rows)] == [("good", 0, "mine"), ("good", 1, "mine")]
+    for row, point in zip(good(rows), (p for p in expand(load_sweep(arguments)) if p.arm == "good"), strict=True):
+        model, _, config = load_run(point.folder)
+        assert config == point.config
+        assert row["point"] == point.id
+        assert row["n_nonzero"] == sum(
+            int((p != 0).sum()) for name, p in model.named_parameters() if p.dim() == 2 and "bigram" not in name
+        )
+        assert row["val_loss"] == json.loads((point.folder / "summary.json").read_text())["val_loss"]
+        assert row["tokens"] == 20 * 4 * 32
+        assert row["depth"] == 2
+        circuit = json.loads((point.folder / "circuits/mine/node_masks/metrics.json").read_text())
+        assert row["reached"] is True
+        assert all(row[key] == circuit[key] for key in ("n_edges", "n_nodes", "task_loss", "completeness_loss", "kl"))
+        assert row["discovery_seconds"] > 0 and row["train_peak_bytes"] > 1e8
+    assert good(rows)[0]["val_loss"] != good(rows)[1]["val_loss"]
+
+
+def test_failures_are_recorded_with_their_words_and_do_not_stop_the_rest(place, rows):
+    for row in rows:
+        if row["arm"] == "bad":
+            assert row["error"].startswith("train: TrainingError: ")
+            assert (row["val_loss"], row["task"]) == (None, None)
+        else:
+            assert "measure-my_measures.killed: killed by SIGKILL; memory may have run out" in row["error"]
+        assert "Error" in (place / "sweeps/all/points" / row["point"] / "log.txt").read_text() or row["arm"] == "good"
+    table = (place / "sweeps/all/table.md").read_text()
+    assert "| bad | 2 |" in table and "| good | 2 |" in table
+
+
+def _touched(place) -> dict[str, int]:
+    return {str(f): f.stat().st_mtime_ns for f in (place / "sweeps/all/points").rglob("*") if f.is_file()}
+
+
+def test_what_is_done_or_failed_is_left_alone(place, arguments, rows, worker):
+    before = _touched(place)
+    assert sweep(load_sweep(arguments), worker=worker) == rows
+    assert _touched(place) == before
+
+
+def test_retry_runs_again_what_failed_and_nothing_else(place, arguments, rows, worker):
+    (spared,) = (row for row in good(rows) if row["seed"] == 1)
+    folder = place / "sweeps/all/points" / spared["point"]
+    (folder / "spare").touch()
+    before = _touched(place)
+    again = sweep(load_sweep([*arguments, "arms.bad=null"]), True, worker)
+    assert [row["error"] is None for row in again] == [False, True]
+    assert again[1] == {**spared, "spared": 1, "error": None}
+    changed = {file for file, at in _touched(place).items() if before.get(file) != at}
+    assert {os.path.basename(file) for file in changed} == {"log.txt", "jobs.json"}
+
+
+def test_another_prune_config_prunes_again_and_keeps_the_models(place, arguments, rows, worker):
+    other = sweep(load_sweep([*arguments, "arms.bad=null", "seeds=[0]", "measures=[]",
+                              f"prune={json.dumps([*QUICK, 'node_masks.steps=10'])}"]), worker=worker)  # fmt: skip
+    assert other[0]["val_loss"] == good(rows)[0]["val_loss"]
+    assert other[0]["train_seconds"] == good(rows)[0]["train_seconds"]
+    circuit = json.loads((place / "sweeps/all/points" / other[0]["point"] / "circuits/mine/node_masks/circuit.json")
+                         .read_text())  # fmt: skip
+    assert circuit["settings"]["prune"]["node_masks"]["steps"] == 10
+
+
+def test_a_circuit_is_what_prune_alone_finds(place, rows):
+    row = good(rows)[0]
+    alone = prune(
+        place / "sweeps/all/points" / row["point"], "mine.jsonl", load_config(PruneConfig, [*QUICK, "name=b"])
+    )
+    assert alone.measures["task_loss"] == row["task_loss"]
+
+
+def test_a_directory_with_another_run_is_refused_before_anything_runs(place, base, worker):
+    config = load_sweep([*base, "name=taken", "arms.good=[]"])
+    (point,) = expand(config)
+    point.folder.mkdir(parents=True)
+    (point.folder / "config.yaml").write_text("optim:\n  lr: 0.5\n")
+    with pytest.raises(ConfigError, match="holds a run that differs in .*optim.lr.*; move it away"):
+        sweep(config, worker=worker)
+    assert [file.name for file in point.folder.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ("method=acdcc", "method must be one of node_masks"),
+        (
+            "measures=[my_measures:width]",
+            "that can be imported, got my_measures:width",
+        ),
+        ('base=["data.source=text","data.paths=[nowhere.py]"]', "nowhere.py"),
+    ],
+)
+def test_what_only_the_worker_can_tell_is_told_before_anything_runs(place, base, worker, wrong, words):
+    with pytest.raises(ConfigError, match=words):
+        sweep(load_sweep([*base, "name=wrong", "seeds=[0,1]", wrong]), worker=worker)
+    assert not (place / "sweeps/wrong/points").exists()
+
+
+def _command(base, *arguments, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sparsetrain", "sweep", *base, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_full_disk_is_a_recorded_failure(place, base, rows, worker):
+    arguments = ["name=full", "arms.good=[]"]
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # a write beyond fails, as on a full disk
+
+    full = _command(base, *arguments, preexec_fn=small_files)
+    assert "could not write" in full.communicate()[1]
+    assert full.returncode == 1
+    (failed,) = read_rows("sweeps/full")
+    assert "could not write" in failed["error"]
+    (row,) = sweep(load_sweep([*base, *arguments]), True, worker)
+    assert row["error"] is None
