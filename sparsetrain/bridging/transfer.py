@@ -16,7 +16,8 @@ from sparsetrain.bridging.bridge import Bridge
 from sparsetrain.bridging.dense import OwnModel, load_dense
 from sparsetrain.bridging.directions import Direction, transferred
 from sparsetrain.bridging.interventions import Case, measure
-from sparsetrain.bridging.residuals import BridgeError, Residuals, same_tokens
+from sparsetrain.bridging.residuals import BridgeError, Residuals
+from sparsetrain.bridging.same_tokens import same_tokens
 from sparsetrain.bridging.train import load_bridge
 from sparsetrain.config import RunConfig
 from sparsetrain.data import Corpus, batch, evaluation_batches
