@@ -81,7 +81,7 @@ def theirs(name: str):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return model
 
 
 @cache
@@ -369,10 +369,20 @@ def test_blocks_that_are_not_two_halves_get_a_site_each(tokenizer):
     check_hybrid_pass(found)
 
 
+def test_a_list_within_the_blocks_is_not_taken_for_them(tokenizer):
+    model = theirs("gpt2")
+    model.transformer.h[1].mlp.experts = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+    assert len(HfModel(model, tokenizer).sites) == 7
+
+
 def test_models_without_residual_sites_are_refused(tokenizer):
     model = theirs("gpt2")
     model.config.n_layer = 4
     with pytest.raises(BridgeError, match=r"GPT2LMHeadModel must have one list of 4 blocks \(.*\) .* none"):
+        HfModel(model, tokenizer)
+    model = theirs("gpt2")
+    model.others = torch.nn.ModuleList(model.transformer.h[0] for _ in range(3))
+    with pytest.raises(BridgeError, match="must have one list of 3 blocks .* got transformer.h, others"):
         HfModel(model, tokenizer)
     config = transformers.T5Config(
         d_model=32, d_ff=32, num_layers=2, num_heads=2, vocab_size=V, decoder_start_token_id=0
