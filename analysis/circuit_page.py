@@ -3,7 +3,8 @@
 A circuit of channels is shown here, one of components by `component_page.py`.
 
 The page is a template, the script library of the installed Bokeh, our own scripts and style sheet, and two blocks of
-JSON: `page-data`, all that is shown, and `figure-data`, the picture. The template holds no data.
+JSON: `page-data`, all that is shown, and `figure-data`, the picture. The template holds no data. What a circuit does to
+a dense model it was carried to stands below, as `transfer_section.py` writes it.
 """
 
 import html
@@ -18,6 +19,7 @@ from sparsetrain.analysis.circuit_data import Text, page_data
 from sparsetrain.analysis.circuit_figure import circuit_figure
 from sparsetrain.analysis.component_page import script_json, write_component_page
 from sparsetrain.analysis.snippets import WINDOWS, corpus_windows
+from sparsetrain.analysis.transfer_section import transfer_sections
 from sparsetrain.checkpoint import load_run, run_corpus
 from sparsetrain.files import write_whole
 from sparsetrain.pruning.circuit import load_circuit
@@ -47,6 +49,7 @@ $style
 <aside id="panel" aria-live="polite"></aside>
 </main>
 <section id="below"></section>
+$transfer
 <noscript>This page needs JavaScript; everything it runs lies in this file.</noscript>
 <script type="application/json" id="page-data">$data</script>
 <script type="application/json" id="figure-data">$figure</script>
@@ -94,15 +97,17 @@ def write_page(run: str | Path, circuit_folder: str | Path) -> Path:
     data, layout = page_data(circuit, Text(tokenizer, windows, prompts), model, config)
     data = {"task": words, "windows_of": source, "load_from": Path(run).as_posix(), **data}
     title = f"{task.name}: a circuit of {data['facts']['run']}"
-    write_whole(page, _fill(title, data, circuit_figure(data, layout)).encode())
+    transfer = transfer_sections(run, circuit_folder, circuit)
+    write_whole(page, _fill(title, data, circuit_figure(data, layout), transfer).encode())
     return page
 
 
-def _fill(title: str, data: dict[str, Any], figure: dict[str, Any]) -> str:
+def _fill(title: str, data: dict[str, Any], figure: dict[str, Any], transfer: str) -> str:
     return TEMPLATE.substitute(
         title=html.escape(title),
         data=script_json(data),
         figure=script_json(figure),
+        transfer=transfer,
         library=Resources(mode="inline", components=["bokeh"], log_level="error").render_js(),
         style=_read("circuit_page.css"),
         script="\n".join(_read(f"{name}.js") for name in ("page_elements", "circuit_panel", "circuit_page")),

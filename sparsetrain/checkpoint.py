@@ -3,7 +3,7 @@
 runs/<name>/
   config.yaml  environment.json  tokenizer.json
   checkpoints/step_00000500/{model.safetensors, optimizer.safetensors, state.json}
-  model/{model.safetensors, config.yaml, tokenizer.json}      the finished model
+  model/{model.safetensors, config.yaml, tokenizer.json}      the finished model; with locality, layout.safetensors
   metrics.jsonl  tensorboard/  summary.json  circuits/
 """
 
@@ -220,11 +220,18 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def export_model(run_dir: Path, model: Transformer, config_yaml: str) -> Path:
-    """Write `model/`, which holds all that loading the finished model takes."""
+def export_model(
+    run_dir: Path, model: Transformer, config_yaml: str, beside: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> Path:
+    """Write `model/`, which holds all that loading the finished model takes.
+
+    Args:
+        beside: tensors of what belongs to the model, by the names of their files (without suffix).
+    """
     target = run_dir / "model"
     with whole_folder(target) as folder:
-        save_sparse(folder / "model.safetensors", _weights(model), tokenizer=file_hash(run_dir / "tokenizer.json"))
+        for name, tensors in {"model": _weights(model), **(beside or {})}.items():
+            save_sparse(folder / f"{name}.safetensors", tensors, tokenizer=file_hash(run_dir / "tokenizer.json"))
         (folder / "config.yaml").write_text(config_yaml)
         shutil.copy(run_dir / "tokenizer.json", folder / "tokenizer.json")
     return target

@@ -114,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     made = add("overlap", _overlap, "Print how much circuits have in common: what is in both over what is in either.")
     made.add_argument("circuits", nargs="+", help="folders of circuits of one graph, of several tasks or seeds, say")
 
+    made = add("locality", _locality, "Measure and draw where a run's nodes lie, and how local its circuits are.")
+    made.add_argument("run", help="a run directory")
+    made.add_argument("--task", help="its circuits alone (default: those of all tasks)")
+    made.add_argument("--circuit", nargs="+", help="these alone, by their folders' names")
+    made.add_argument("--export", metavar="FOLDER", help="write a run whose weights are in the order of places")
+
     made = add(
         "bench",
         bench.command,
@@ -146,12 +152,13 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from sparsetrain.checkpoint import CheckpointError
     from sparsetrain.data import DataError
     from sparsetrain.files import WriteError
+    from sparsetrain.locality.positions import LocalityError
     from sparsetrain.loop import Interrupted, TrainingError
     from sparsetrain.pruning.circuit import CircuitError
     from sparsetrain.tasks import TaskError
 
     files = DataError, CheckpointError, CircuitError, WriteError
-    return ConfigError, *files, TaskError, TrainingError, Interrupted, BenchError, BridgeError
+    return ConfigError, *files, TaskError, TrainingError, Interrupted, BenchError, BridgeError, LocalityError
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -315,6 +322,21 @@ def _overlap(options: argparse.Namespace) -> None:
             "other seeds say, nodes of one name have nothing to do with each other: take what is above for chance\n"
             "and compare sizes and measures instead. Between checkpoints of one run names mean the same."
         )
+
+
+def _locality(options: argparse.Namespace) -> None:
+    if options.export:
+        from sparsetrain.locality.run import export_run
+
+        print(f"run directory: {export_run(options.run, options.export)}")
+        print("the same function; its channels have other numbers, so circuits were left behind: prune it to have them")
+        return
+    from sparsetrain.analysis.locality_report import run_circuits, write_report
+    from sparsetrain.analysis.locality_text import report_text
+
+    circuits = run_circuits(options.run, options.task, options.circuit)
+    print(report_text(write_report(options.run, circuits, named=options.circuit is not None)))
+    print(f"page: {Path(options.run) / 'locality' / 'sheet.html'}")
 
 
 def _device(options: argparse.Namespace):

@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sparsetrain.files import write_whole
@@ -61,6 +62,10 @@ class Recorder:
                 self.board.add_histogram(f"weights/{t.name}", weight[alive], step)
             if alive.dim() == 2:
                 self.board.add_histogram(f"nonzeros_per_row/{t.name}", alive.sum(1), step)
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Record a picture (H, W, 3) uint8."""
+        self.board.add_image(name, pixels, step, dataformats="HWC")
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

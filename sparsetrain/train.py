@@ -19,6 +19,8 @@ from sparsetrain.config import ConfigError, RunConfig, config_to_dict, config_to
 from sparsetrain.data import batch, file_hash, prepare
 from sparsetrain.files import write_json, write_whole
 from sparsetrain.kernels import ops
+from sparsetrain.locality.sheet import image
+from sparsetrain.locality.wiring import DENSEST
 from sparsetrain.loop import TrainingError, run_steps
 from sparsetrain.optim import learning_rate
 from sparsetrain.record import Recorder
@@ -56,6 +58,11 @@ class RunSteps:
     def seconds(self, value: float) -> None:
         self.run.seconds = value
 
+    @property
+    def progress(self) -> float:
+        """That of the step just taken, in [0, 1)."""
+        return (self.step - 1) / self.run.config.train.steps
+
     def advance(self) -> Tensor:
         loss, self.rms = train_step(self.run, self.loss_of, *self.batch(self.run.config.train.batch_size))
         return loss
@@ -67,14 +74,12 @@ class RunSteps:
         return x.to(self.device), y.to(self.device)
 
     def numbers(self, loss: float) -> dict[str, float]:
-        c = self.run.config
-        progress = (self.step - 1) / c.train.steps
-        wiring = self.run.wiring
+        c, wiring = self.run.config, self.run.wiring
         return {
             "loss/train": loss,
             "gradient_rms": self.rms.item(),
-            "learning_rate": learning_rate(c.optim, c.sparsity, progress),
-            "density": sparsity.density(c.sparsity, progress),
+            "learning_rate": learning_rate(c.optim, c.sparsity, self.progress),
+            "density": sparsity.density(c.sparsity, self.progress),
             **({"locality/mean_length": wiring.mean_length} if wiring and math.isfinite(wiring.mean_length) else {}),
         }
 
@@ -86,6 +91,8 @@ class RunSteps:
         recorder.sparsity(self.step, self.run.tensors)
         if histograms:
             recorder.histograms(self.step, self.run.tensors)
+        if histograms and self.run.wiring and sparsity.density(self.run.config.sparsity, self.progress) <= DENSEST:
+            recorder.image(self.step, "locality/sheet", image(self.run.wiring.edges(), self.run.wiring.layout))
 
     def save(self) -> None:
         self.refuse_broken()
@@ -95,7 +102,7 @@ class RunSteps:
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """What else a checkpoint holds: tensors by name, for each file."""
-        return {"layout": self.run.wiring.tensors()} if self.run.wiring else {}
+        return _layout(self.run)
 
     @torch.no_grad()
     def refuse_broken(self) -> None:
@@ -262,7 +269,13 @@ def _finish(steps: RunSteps) -> None:
             "n_nonzero": n_nonzero,
             "tokens": c.train.steps * c.train.batch_size * c.model.n_ctx,
             "seconds": round(run.seconds, 2),
+            "peak_bytes": machine.peak_bytes(run.device),
             **steps.finish(),
         },
     )
-    checkpoint.export_model(c.run_dir, run.model, config_to_yaml(c))  # last: it says that the run is done
+    checkpoint.export_model(c.run_dir, run.model, config_to_yaml(c), _layout(run))  # last: it says that the run is done
+
+
+def _layout(run: Training) -> dict[str, dict[str, Tensor]]:
+    """The file of a run's layout, where it has one."""
+    return {"layout": run.wiring.tensors()} if run.wiring else {}

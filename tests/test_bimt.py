@@ -69,6 +69,7 @@ def test_a_move_changes_no_output_and_lowers_the_cost():
     run.move_(200)
     assert torch.equal(run.networks(x), outputs)
     assert run.cost(0) < cost
+    assert [layout.slots["layer.1"].tolist() != list(range(12)) for layout in run.layouts] == [0, 0, 0, 1, 1]
     assert [bool(length.any()) for length in run.lengths[0]] == [False, False, True, False, True]
 
 
@@ -106,7 +107,8 @@ def test_the_cost_is_that_of_a_loop_over_wires(name, biases):
     run.move_(200)
     run.networks.requires_grad_(False)
     expected = sum(by_hand(run, i, biases) for i in range(1, 5))
-    assert float(run.cost(run.experiment.steps if biases else 0)) == pytest.approx(expected, rel=1e-12)
+    halfway = run.experiment.steps // 2
+    assert float(run.cost(halfway if biases else halfway - 1)) == pytest.approx(expected, rel=1e-12)
 
 
 def by_hand(run, i, biases):
@@ -253,13 +255,18 @@ def test_a_picture_has_every_node_and_wires_as_thick_as_weights():
     run = Run(CROSSED, [0])
     drawn = ElementTree.fromstring(bimt.picture(run))
     tags = [element.tag.split("}")[1] for element in drawn.iter()]
-    assert tags.count("circle") == 3 * 20 and tags.count("text") == 3
-    layer = [(torch.tensor([[1.0, -0.5], [0.01, 0.0]]).numpy(), *([torch.tensor([[0.25], [0.75]]).numpy()] * 2))]
-    lines = [e for e in ElementTree.fromstring(bimt_picture.draw({"one": layer})).iter() if e.tag.endswith("line")]
+    assert tags.count("circle") == 3 * 20 and tags.count("text") == 3 * (1 + 4 + 4)
+    moved, still = torch.tensor([[0.75], [0.25]]).numpy(), torch.tensor([[0.25], [0.75]]).numpy()
+    layer = [(torch.tensor([[1.0, -0.5], [0.01, 0.0]]).numpy(), moved, still)]
+    elements = list(ElementTree.fromstring(bimt_picture.draw({"one": layer})).iter())
+    lines = [e for e in elements if e.tag.endswith("line")]
+    assert [(e.text, e.get("x")) for e in elements if e.tag.endswith("text")] == [
+        ("one", "0"), ("1", "75.0"), ("2", "225.0"), ("1", "225.0"), ("2", "75.0"),
+    ]  # fmt: skip
     assert [(e.get("stroke-width"), e.get("stroke")) for e in lines] == [
         ("2.00", bimt_picture.POSITIVE), ("1.00", bimt_picture.NEGATIVE),
     ]  # fmt: skip
-    assert [(e.get("x1"), e.get("x2")) for e in lines] == [("75.0", "75.0"), ("225.0", "75.0")]
+    assert [(e.get("x1"), e.get("x2")) for e in lines] == [("75.0", "225.0"), ("225.0", "225.0")]
 
 
 def test_the_report_says_where_ours_is_worse():
@@ -268,9 +275,16 @@ def test_the_report_says_where_ours_is_worse():
         "length": 0.1, "null": 0.2, "total": 30.0, "n_live": 20, "n_weights": 520, "seconds": 9.0,
         "relayout_seconds": 1.0, "commit": "abc",
     }  # fmt: skip
-    rows = [{**row, "arm": arm, "seed": seed, "test": test} for arm in ARMS for seed, test in ((0, 7e-3), (1, 2.26e-2))]
+    tests = enumerate([7e-3, 1e-2, 2.74e-2])
+    rows = [{**row, "arm": arm, "seed": seed, "test": test} for seed, test in tests for arm in ARMS]
     env = {"device": "a CPU", "threads": 1, "versions": {"torch": "2"}, "date": "today"}
     said = bimt_report.summary({"environment": env, "rows": rows})
-    assert "1.5e-02 (7.0e-03, 2.3e-02), published 7.4e-03: 2 times as much; 1 of 2 seeds are worse" in said
-    assert "| all (BIMT) | 1.5e-02 (7.0e-03-2.3e-02) | 1.0e-04 (1.0e-04-1.0e-04) | 0.100" in said
+    assert "1.5e-02 (7.0e-03, 1.0e-02, 2.7e-02), published 7.4e-03: 2 times as much; 2 of 3 seeds are worse" in said
+    assert "| all (BIMT) | 1.5e-02 (7.0e-03-2.7e-02) | 1.0e-04 (1.0e-04-1.0e-04) | 0.100" in said
     assert "| 0.50 (0.50-0.50) | 30 (30-30) | 20 (20-20) | 9 (1) | 7.4e-03, 2.0e-04, 28.0, 0.041, 19 |" in said
+
+
+def test_shares_of_wrong_answers_are_of_classes_and_of_ones_for_classes():
+    outputs = torch.tensor([[[2.0, 1.0], [0.0, 1.0], [3.0, 4.0], [1.0, 0.0]]] * 2)
+    classes = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]])
+    assert bimt._wrong(outputs, classes).tolist() == bimt._wrong(outputs, torch.eye(2)[classes]).tolist() == [0, 0.5]

@@ -11,6 +11,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from sparsetrain.bridging.dense import OwnModel, load_dense
+from sparsetrain.bridging.directions import read_norm
 from sparsetrain.bridging.hf_hooks import change
 from sparsetrain.bridging.hf_model import HfModel
 from sparsetrain.bridging.residuals import BridgeError, hooked
@@ -63,6 +64,8 @@ FAMILIES = {
     "mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 4}, False),
     "granite": ("Granite", {**GROUPED, "residual_multiplier": 0.22}, False),
 }  # fmt: skip
+LAYER_NORMS = {"gpt2", "neox", "neox-sequential", "opt", "phi", "gpt-neo", "stablelm", "stablelm-parallel", "bloom",
+               *(name for name in FAMILIES if name.startswith("falcon"))}  # fmt: skip
 PARALLEL = [name for name, (_, _, parallel) in FAMILIES.items() if parallel]
 # One of each kind of block is looked at from all sides; the others prove themselves when they are built.
 KINDS = ("gpt2", "llama", "gemma2", "neox", "phi", "bloom", "mixtral")
@@ -199,15 +202,17 @@ def test_a_residual_replaced_by_itself_changes_nothing(family):
         assert (model.steer(tokens, {name: lambda x: x + 1 + 9 * x.roll(1, -1)}) - logits).abs().max() > 1e-3, name
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_reads_are_what_the_norms_make_of_the_sites(family):
     model = built(family)
     seen, _ = model.run(random_tokens(2), read=model.reads)
     for name in model.reads:
         site = name.replace("attn_in", "resid_pre").replace("mlp_in", "resid_mid").replace("final_in", "final_resid")
         site = site if site in seen else site.replace("resid_mid", "resid_pre")
-        close(seen[name], model._norms[name](seen[site]))
-    per_block = ["attn_in"] if family == "phi" else ["attn_in", "mlp_in"]
+        close(seen[name], model.normed(name, seen[site]))
+        described = read_norm(model, name, seen[site].flatten(0, 1))  # refuses what is no norm of one scale per token
+        assert described.centred == (family in LAYER_NORMS), (name, described)
+    per_block = ["attn_in"] if family in ("phi", "stablelm-parallel", "falcon") else ["attn_in", "mlp_in"]
     n = len(model.blocks)
     assert model.reads == (*(f"blocks.{l}.{read}" for l in range(n) for read in per_block), "final_in")
 
@@ -300,6 +305,7 @@ def test_our_residuals_and_reads_are_the_models_own(tokenizer):
     assert {*seen} == {*model.sites, *model.reads}
     assert torch.equal(logits, model.model(tokens))
     assert torch.equal(seen["final_in"], model.model.norm(seen["final_resid"]))
+    assert torch.equal(seen["final_in"], model.normed("final_in", seen["final_resid"]))
     assert seen["blocks.0.attn_in"].shape == (2, T, 40)
     doubled = model.steer(tokens, {"final_in": lambda x: 2 * x})
     close(doubled, model.model.unembed(2 * seen["final_in"]) + model.model.bigram[tokens])

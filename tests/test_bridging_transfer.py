@@ -52,8 +52,19 @@ def pair():
     sparse = copy.deepcopy(dense)
     rotation = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0)))[0]
     rotate_(sparse, rotation)
+    give_gains_(sparse)
     sparse, dense = OwnModel(sparse, None), OwnModel(dense, None)
     return sparse, dense, exact_bridge(sparse, rotation)
+
+
+@torch.no_grad()
+def give_gains_(model):
+    """Uneven gains, undone in what reads through them."""
+    norms = [(m.norm.resid, r) for b in model.blocks for m, r in ((b.attn, b.attn.qkv), (b.mlp, b.mlp.up))]
+    for norm, reader in [*norms, (model.norm, model.unembed)]:
+        gain = torch.linspace(0.5, 2, D)
+        norm.weight.mul_(gain)
+        reader.weight.div_(gain)
 
 
 @torch.no_grad()
@@ -337,15 +348,19 @@ def test_the_result_is_complete(found, bridged):
     assert (bridged / "bridges/dense/transfer/single_double_quote/node_masks/transfer.json").exists()
     nodes = ["blocks.0.attn_in:3", "blocks.1.mlp_in:1", "blocks.1.mlp_in:4", "final_resid:9"]
     assert [node["node"] for node in found["nodes"]] == nodes and found["n_nodes"] == 5
-    assert found["one_node"] in nodes and found["not_transferable"] == {}
+    assert found["one_node"][-1]["node"] in nodes[:3] and found["not_transferable"] == {}
     assert found["n_prompts"] == 8 and found["strengths"] == pytest.approx([i / 10 for i in range(11)])
+    for one in found["one_node"]:
+        assert one["random_lowest"] <= one["random_rise"] <= one["random_highest"]
+        assert one["ratio"] == pytest.approx(one["rise"] / one["random_size"])
     assert found["explained_to_dense"].keys() == {"blocks.0.resid_pre", "blocks.1.resid_mid", "final_resid"}
     assert set(found["curves"]) == {"circuit", "probe", "patch", "random"}
     for name, curve in found["curves"].items():
         keys = {"mean", "lowest", "highest"} if name == "random" else {"mean", "se"}
+        n = 3 if name == "random" else 11
         for side in ("both", "to_negative", "to_positive"):
             for measure in ("own", "other", "logit_difference"):
-                assert {k: len(v) for k, v in curve[side][measure].items()} == dict.fromkeys(keys, 11)
+                assert {k: len(v) for k, v in curve[side][measure].items()} == dict.fromkeys(keys, n)
         start = curve["both"]["other"]["mean"][0]
         assert start == pytest.approx(found["curves"]["patch"]["both"]["other"]["mean"][0], rel=1e-4)
     for node in found["nodes"]:
@@ -367,10 +382,11 @@ def test_the_table_tells_each_node_and_a_share_that_is_not_defined(found):
     text = describe(found | {"not_transferable": {"blocks.0.mlp_in:2": "the bridge has no pair for it"}})
     assert all(node["node"] in text for node in found["nodes"])
     assert "not blocks.0.mlp_in:2: the bridge has no pair" in text and "4 of the 5 nodes" in text
-    assert "not defined, since it does not do the task" in describe(found | {"share": None})
+    assert "not defined, since it does not do the task" in describe(found)  # of twenty steps of training
     row = {"value": 0.5, "low": 0.4, "high": 0.6}
     shares = dict.fromkeys(("circuit", "random", "probe", "patch"), row)
-    assert "the circuit's directions             +0.500  (+0.400 to +0.600)" in describe(found | {"share": shares})
+    text = describe(found | {"share": shares, "share_inside": shares})
+    assert text.count("the circuit's directions             +0.500  (+0.400 to +0.600)") == 2
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,15 @@ def test_positions_before_the_first_corrupted_token_may_be_left_out(positions):
         assert whole.abs().max() > 0
 
 
+def test_partners_that_are_the_prompts_themselves_leave_the_model_as_it_is():
+    component, data = ComponentGraph(build("gpt2")), prompts()
+    data = dataclasses.replace(data, corrupted=data.tokens)
+    nothing = {group: torch.zeros_like(there) for group, there in component.edges.items()}
+    cut = edges.all_answer_logits(component, data, nothing, build_ablation(component.read, "corrupted", [], data))
+    whole = component.model(data.tokens)[torch.arange(6), data.last]
+    torch.testing.assert_close(cut, whole, rtol=0, atol=1e-9)
+
+
 def test_cutting_one_edge_between_components_by_hand():
     """m0 -> logits under zero ablation: the last norm reads the residual stream without what the first MLP wrote."""
     model, data = build("gpt2"), prompts()

@@ -166,3 +166,9 @@ def test_sets_go_with_their_rows(tokenizer):
     )
     assert part.to("meta").correct_set.device.type == "meta"
     assert part.trimmed().correct_set.shape == part.correct_set.shape
+
+
+def test_prompts_that_cannot_have_as_many_tokens_are_told_to_take_another_ablation(tokenizer):
+    words = r"have \d+ and \d+ tokens, where ablation=corrupted needs equally many; take another ablation, as mean_task"
+    with pytest.raises(TaskError, match=words):
+        encode_task(load_task("enumerate_range"), tokenizer, 4, "train", 0, 128, aligned=True)

@@ -6,6 +6,7 @@ import numpy as np
 
 WIDTH, HEIGHT, MARGIN = 300, 110, 24  # of a sheet, between two sheets, around
 SLANT = 0.3  # of the second axis of a sheet
+MOST_NUMBERED = 12  # inputs or outputs
 FAINTEST = 0.05  # wires below this share of a matrix' greatest weight are left out
 POSITIVE, NEGATIVE = "#2b62c4", "#c43b2b"
 
@@ -15,6 +16,8 @@ Placed = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def draw(networks: Mapping[str, Sequence[Placed]]) -> str:
     """An SVG of networks by title: inputs at the bottom, wires as thick as |w|, blue above zero and red below.
+
+    A few inputs and outputs have their numbers, counted from 1: a node that has moved still has its own.
 
     Source: Liu et al. 2023 (BIMT), their figures.
     """
@@ -32,14 +35,23 @@ def draw(networks: Mapping[str, Sequence[Placed]]) -> str:
 
 
 def _network(layers: Sequence[Placed]) -> str:
-    wires, dots = [], []
+    wires, dots, inputs, outputs = [], [], layers[0][2], layers[-1][1]
     for level, (weight, rows, columns) in enumerate(layers):
         ends, starts = _on_paper(rows, level + 1), _on_paper(columns, level)
         share = weight / max(np.abs(weight).max(), 1e-30)
         for row, column in np.argwhere(np.abs(share) >= FAINTEST):
             wires.append(_line(starts[column], ends[row], share[row, column]))
         dots += [*starts, *(ends if level == len(layers) - 1 else [])]
-    return "".join(wires) + "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in dots)
+    dots = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in dots]
+    numbers = _numbers(_on_paper(inputs, 0), 16) + _numbers(_on_paper(outputs, len(layers)), -6)
+    return "".join([*wires, *dots, *numbers])
+
+
+def _numbers(nodes: np.ndarray, below: int) -> list[str]:
+    return [
+        f'<text x="{x:.1f}" y="{y + below:.1f}" text-anchor="middle" font-size="11">{i}</text>'
+        for i, (x, y) in enumerate(nodes if len(nodes) <= MOST_NUMBERED else [], start=1)
+    ]
 
 
 def _on_paper(places: np.ndarray, level: int) -> np.ndarray:

@@ -96,6 +96,14 @@ def along_random(found: Sequence[Direction], moved: Mapping[str, Tensor], genera
     return pushes
 
 
+def along_own_random(direction: Direction, moved: Mapping[str, Tensor], generator: torch.Generator) -> Pushes:
+    """Move along random directions of a direction's length, one for each pair of prompts."""
+    change = moved[direction.node]
+    drawn = torch.randn(len(change) // 2, len(direction.vector), generator=generator).to(direction.vector)
+    vectors = (F.normalize(drawn, dim=1) * direction.vector.norm()).repeat_interleave(2, 0)
+    return {direction.dense_read: Push(change[..., None] * vectors[:, None], drawn[:0])}
+
+
 def along_probe(pushes: Pushes, prompts: Prompts, found: Mapping[str, Tensor]) -> Pushes:
     """The same along probes (D,) by read: as far at each token as the given pushes, towards the other side."""
     side = _side(prompts.data)[:, None, None]

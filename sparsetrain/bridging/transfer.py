@@ -5,12 +5,9 @@ runs/<name>/bridges/<bridge>/transfer/<task>/<circuit>/transfer.json
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetrain import checkpoint
@@ -18,10 +15,10 @@ from sparsetrain.bridging import steering
 from sparsetrain.bridging.bridge import Bridge
 from sparsetrain.bridging.dense import OwnModel, load_dense
 from sparsetrain.bridging.directions import Direction, transferred
-from sparsetrain.bridging.residuals import BridgeError, Residuals, same_tokens
-from sparsetrain.bridging.steering import Prompts, Pushes
+from sparsetrain.bridging.interventions import Case, measure
+from sparsetrain.bridging.residuals import BridgeError, Residuals
+from sparsetrain.bridging.same_tokens import same_tokens
 from sparsetrain.bridging.train import load_bridge
-from sparsetrain.bridging.transfer_measures import curve, defined, draws_curve, rise, share
 from sparsetrain.config import RunConfig
 from sparsetrain.data import Corpus, batch, evaluation_batches
 from sparsetrain.files import write_json
@@ -32,39 +29,12 @@ from sparsetrain.tasks import TaskData, TaskError, encode_task, load_task
 log = logging.getLogger(__name__)
 
 FORMAT = "sparsetrain-transfer-1"
-STRENGTHS = tuple(i / 10 for i in range(11))
 N_TOKENS = 4096  # of training text for means and scales, and of held-out text for the loss
-
-
-@dataclass(frozen=True)
-class Case:
-    """All that the interventions need.
-
-    Attributes:
-        dense: the dense model.
-        found: the directions.
-        heldout, train: prompts of the task, and on them the changes (N, T) of the nodes by name.
-        means: of the dense model's reads (D,), on training text.
-        text: held-out batches of tokens and targets.
-        n_random, seed: draws of random directions.
-    """
-
-    dense: Residuals
-    found: list[Direction]
-    heldout: tuple[Prompts, dict[str, Tensor]]
-    train: tuple[Prompts, dict[str, Tensor]]
-    means: dict[str, Tensor]
-    text: list[tuple[Tensor, Tensor]]
-    n_random: int
-    seed: int
-
-    def generator(self, draw: int) -> torch.Generator:
-        return torch.Generator().manual_seed(1000 * self.seed + draw)
 
 
 def transfer(
     run: str | Path, task: str, circuit: str = "node_masks", bridge: str = "dense",
-    device: str | torch.device = "cpu", n_pairs: int = 64, n_random: int = 20,
+    device: str | torch.device = "cpu", n_pairs: int = 32, n_random: int = 20,
 ) -> Path:  # fmt: skip
     """Carry a circuit to the dense model of a bridge, and measure what it does there.
 
@@ -170,138 +140,10 @@ def _case(
     batches = evaluation_batches(corpus.tokens("val"), -(-N_TOKENS // (size * n_ctx)), size, n_ctx, config.train.stride)
     text = [(x.to(reference.device), y.to(reference.device)) for x, y in batches]
     means = {name: seen[name].flatten(0, -2).mean(0) for name in names}
-    return Case(dense, found, heldout, train, means, text, n_random, seed)
+    return Case(dense, found, heldout, train, means, text, steering.plain(dense, parts[1]), n_random, seed)
 
 
 def _explained(folder: Path, bridge: Bridge, found: list[Direction]) -> dict[str, float]:
     """Share of the dense residual's variance that the decoder explains, by the site of the sparse model."""
     rows = json.loads((folder / "report.json").read_text())["pairs"]
     return {row["sparse"]: row["explained_to_dense"] for row in rows if row["sparse"] in {d.site for d in found}}
-
-
-def measure(case: Case) -> dict[str, Any]:
-    """Steer and ablate the dense model.
-
-    Returns:
-        strengths; n_prompts, n_random; alignment: `all tokens`, or `last token` where the prompts of pairs differ in
-        length.
-        dense_model: its logit difference (right minus wrong answer; mean and standard error over pairs), accuracy,
-        and `does_the_task`: whether that is clearly above zero.
-        curves: of `circuit` (all directions together), `probe`, `patch` and `random`; see `transfer_measures`.
-        nodes: for each direction where it is, its `length`, the `change` of its node (greatest over tokens, mean over
-        prompts), its `curve`, and at strength 1 the rise of the other answer's probability: its own `rise`, of random
-        directions (`random_rise`, `random_size`: mean of the rise and of its absolute value over draws,
-        `random_highest`), of the probe (`probe_rise`); `ratio`: rise over random_size.
-        one_node: the node that raises the other answer most on training prompts.
-        share: of the change of the logit difference from the prompt to its counterfactual, how much is moved at
-        strength 1: `value`, `low`, `high` (95 % by bootstrap over pairs) of `circuit`, `random` (with the `lowest` and
-        `highest` of its draws), `probe`, `patch`; None where the dense model cannot do the task.
-        ablation: `logit_difference` and `text_loss` (nats per token, of `n_text_tokens` held-out tokens) of the model
-        as it is (`before`), without the directions (`after`), without the probe's (`probe`) and as many random ones
-        (`random`: mean, lowest, highest).
-    """
-    prompts, _ = case.heldout
-    base = steering.plain(case.dense, prompts.data)
-    target = steering.plain(case.dense, steering.counterfactuals(prompts.data))
-    does_it, task = defined(base)
-    if not does_it:
-        log.warning(
-            "the dense model must do the task for a share of it to be explained, got a logit difference of %.3f +- "
-            "%.3f; the share is not defined", task["logit_difference"], task["logit_difference_se"],
-        )  # fmt: skip
-    curves, shares = _together(case, base, target)
-    nodes = [_node(case, d, base, target) for d in case.found]
-    chosen = max(nodes, key=lambda node: node.pop("train_rise"))
-    return {
-        "strengths": list(STRENGTHS),
-        "n_prompts": len(prompts.data),
-        "n_random": case.n_random,
-        "alignment": "all tokens" if prompts.everywhere else "last token",
-        "dense_model": task,
-        "curves": curves,
-        "share": shares if does_it else None,
-        "nodes": nodes,
-        "one_node": chosen["node"],
-        "ablation": _ablation(case),
-    }
-
-
-def _swept(case: Case, pushes: Pushes) -> Tensor:
-    """Answers (S, N, 3) on held-out prompts at each strength."""
-    return torch.stack([steering.steer(case.dense, case.heldout[0], pushes, s) for s in STRENGTHS])
-
-
-def _probes(case: Case, found: list[Direction]) -> dict[str, Tensor]:
-    prompts, moved = case.train
-    return steering.probes(steering.along(found, moved), prompts)
-
-
-def _together(case: Case, base: Tensor, target: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Curves and shares of all directions at once, and of what they are held against."""
-    prompts, moved = case.heldout
-    pushes = steering.along(case.found, moved)
-    swept = {
-        "circuit": _swept(case, pushes),
-        "probe": _swept(case, steering.along_probe(pushes, prompts, _probes(case, case.found))),
-        "patch": _swept(case, steering.patch(prompts, list(pushes))),
-    }
-    draws = torch.stack(
-        [_swept(case, steering.along_random(case.found, moved, case.generator(i))) for i in range(case.n_random)]
-    )  # (R, S, N, 3)
-    curves = {name: curve(found) for name, found in swept.items()}
-    shares = {name: share(found[-1], base, target) for name, found in swept.items()}
-    each = [share(draw[-1], base, target)["value"] for draw in draws]
-    random = share(draws[:, -1].mean(0), base, target) | {"lowest": min(each), "highest": max(each)}
-    return {**curves, "random": draws_curve(draws)}, {**shares, "random": random}
-
-
-def _node(case: Case, direction: Direction, base: Tensor, target: Tensor) -> dict[str, Any]:
-    """One direction alone."""
-    (prompts, moved), (train, train_moved) = case.heldout, case.train
-    only = [direction]
-    pushes = steering.along(only, moved)
-    swept = _swept(case, pushes)
-    probe = steering.steer(case.dense, prompts, steering.along_probe(pushes, prompts, _probes(case, only)), 1)
-    draws = [
-        rise(steering.steer(case.dense, prompts, steering.along_random(only, moved, case.generator(i)), 1), base)
-        for i in range(case.n_random)
-    ]
-    on_train = steering.steer(case.dense, train, steering.along(only, train_moved), 1)
-    size = sum(map(abs, draws)) / len(draws)
-    return {
-        "node": direction.node, "site": direction.site, "dense_site": direction.dense_site,
-        "dense_read": direction.dense_read, "length": direction.vector.norm().item(),
-        "change": moved[direction.node].abs().amax(1).mean().item(),
-        "curve": curve(swept),
-        "rise": rise(swept[-1], base),
-        "random_rise": sum(draws) / len(draws), "random_size": size, "random_highest": max(draws),
-        "probe_rise": rise(probe, base),
-        "ratio": rise(swept[-1], base) / size if size else None,
-        "share": share(swept[-1], base, target)["value"],
-        "train_rise": rise(on_train, steering.plain(case.dense, train.data)),
-    }  # fmt: skip
-
-
-def _ablation(case: Case) -> dict[str, Any]:
-    spans = steering.spans(case.found)
-    probe = {name: w[None] for name, w in _probes(case, case.found).items()}
-    random = [_without(case, steering.random_spans(spans, case.generator(i))) for i in range(case.n_random)]
-    before, after, without_probe = (_without(case, s) for s in ({}, spans, probe))
-    result: dict[str, Any] = {"n_directions": sum(map(len, spans.values()))}
-    result["n_text_tokens"] = sum(x.numel() for x, _ in case.text)
-    for key in before:
-        drawn = [r[key] for r in random]
-        spread = {"mean": sum(drawn) / len(drawn), "lowest": min(drawn), "highest": max(drawn)}
-        result[key] = {"before": before[key], "after": after[key], "probe": without_probe[key], "random": spread}
-    return result
-
-
-@torch.no_grad()
-def _without(case: Case, spans: dict[str, Tensor]) -> dict[str, float]:
-    """Logit difference on held-out prompts and loss on held-out text with directions ablated."""
-    edits = steering.ablations(spans, case.means)
-    found = steering.ablate(case.dense, case.heldout[0].data, spans, case.means)
-    losses = [
-        F.cross_entropy(case.dense.steer(x, edits).flatten(0, 1), y.flatten(), reduction="none") for x, y in case.text
-    ]
-    return {"logit_difference": found[:, 2].mean().item(), "text_loss": torch.cat(losses).mean().item()}

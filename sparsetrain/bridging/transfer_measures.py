@@ -84,6 +84,7 @@ def defined(base: Tensor) -> tuple[bool, dict[str, Any]]:
 def describe(found: dict[str, Any]) -> str:
     """A transfer as a table."""
     task, ablation, left = found["dense_model"], found["ablation"], found["not_transferable"]
+    best = [one["node"] for one in found["one_node"]]
     lines = [
         f"{found['task']}: {len(found['nodes'])} of the {len(found['nodes']) + len(left)} nodes that read the residual "
         f"stream carried to {found['dense']}",
@@ -91,17 +92,21 @@ def describe(found: dict[str, Any]) -> str:
         f"  its logit difference {task['logit_difference']:.3f} +- {task['logit_difference_se']:.3f}, accuracy "
         f"{task['accuracy']:.1%} of {found['n_prompts']} prompts",
         *_share_lines(found),
-        f"  {'node':28} {'at':20} {'rise of P(other)':>17} {'random':>18} {'ratio':>7} {'probe':>8} {'share':>7}",
+        f"  {'node':28} {'at':20} {'rise of P(other)':>17} {'random':>9} {'probe':>9} {'share':>7}",
     ]
     for node in sorted(found["nodes"], key=lambda n: -n["rise"]):
-        random = f"{node['random_rise']:+.4f} <{node['random_highest']:+.4f}"
-        ratio = "" if node["ratio"] is None else f"{node['ratio']:.1f}"
-        mark = "*" if node["node"] == found["one_node"] else " "
+        mark = "*" if node["node"] in best else " "
         lines.append(
-            f" {mark}{node['node']:28} {node['dense_read']:20} {node['rise']:+17.4f} {random:>18} {ratio:>7} "
-            f"{node['probe_rise']:+8.4f} {node['share']:+7.3f}"
+            f" {mark}{node['node']:28} {node['dense_read']:20} {node['rise']:+17.4f} {node['random_rise']:+9.4f} "
+            f"{node['probe_rise']:+9.4f} {node['share']:+7.3f}"
         )
-    lines.append("  *: chosen on training prompts; ratio: to the mean size of the random rises")
+    for one in found["one_node"]:
+        ratio = "not defined" if one["ratio"] is None else f"{one['ratio']:.1f}"
+        lines.append(
+            f"  * {one['node']}, chosen on training prompts: {one['rise']:+.4f}; {found['n_random']} random directions "
+            f"{one['random_rise']:+.4f} ({one['random_lowest']:+.4f} to {one['random_highest']:+.4f}), of mean size "
+            f"{one['random_size']:.4f}: ratio {ratio}"
+        )
     for key, name in (("logit_difference", "logit difference"), ("text_loss", "loss on other text")):
         a = ablation[key]
         lines.append(
@@ -117,9 +122,11 @@ def _share_lines(found: dict[str, Any]) -> list[str]:
         return ["  share of its logit difference that is moved: not defined, since it does not do the task"]
     names = {"circuit": "the circuit's directions", "random": "random directions", "probe": "probes of the dense model",
              "patch": "its own reads of the counterfactual"}  # fmt: skip
-    rows = [
-        f"    {words:36} {s['value']:+.3f}  ({s['low']:+.3f} to {s['high']:+.3f})"
-        for key, words in names.items()
-        for s in [found["share"][key]]
-    ]
-    return ["  share of the change of its logit difference that is moved, at strength 1 (95 % over pairs)", *rows]
+    scopes = {"share": "at strength 1 (95 % over pairs)", "share_inside": "the same without what the last norm reads"}
+    lines = ["  share of the change of its logit difference that is moved"]
+    for scope in scopes:
+        if found[scope]:
+            lines.append(f"   {scopes[scope]}")
+            shares = {words: found[scope][key] for key, words in names.items()}
+            lines += [f"    {w:36} {s['value']:+.3f}  ({s['low']:+.3f} to {s['high']:+.3f})" for w, s in shares.items()]
+    return lines

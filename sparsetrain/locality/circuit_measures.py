@@ -31,13 +31,13 @@ def nodes_by_class(masks: Mapping[str, Tensor], layout: Layout) -> Nodes:
     found: dict[str, set[int]] = {}
     for site, mask in masks.items():
         for channel in mask.nonzero().flatten().tolist():
-            name, i = _node(site, channel, layout)
+            name, i = node_at(site, channel, layout)
             found.setdefault(name, set()).add(i)
     return {name: np.array(sorted(found[name])) for name in layout.plan.classes if name in found}
 
 
-def _node(site: str, channel: int, layout: Layout) -> tuple[str, int]:
-    """Class and index of a channel at a site."""
+def node_at(site: str, channel: int, layout: Layout) -> tuple[str, int]:
+    """The class that a channel at a site belongs to, and which of its nodes it is; raises LocalityError for none."""
     at, _, kind = site.rpartition(".")
     classes, i = layout.plan.classes, channel
     name = f"{at}.{CLASS_OF_SITE[kind]}" if kind in CLASS_OF_SITE else "residual"
@@ -143,7 +143,7 @@ def _by_part(circuit_edges: Iterable[tuple[str, str]], layout: Layout) -> dict[t
             raise LocalityError(f"an edge must end at a channel of {', '.join(MATRIX_OF_TARGET)}, got {target}")
         matrix, part = MATRIX_OF_TARGET[kind]
         found.setdefault((f"{at}.{matrix}", part), []).append(
-            (_node(site, i, layout)[1], *_node(source_site, j, layout))
+            (node_at(site, i, layout)[1], *node_at(source_site, j, layout))
         )
     return found
 

@@ -61,18 +61,9 @@ def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
     """
     space, ablation, config = problem.space, problem.ablation, problem.config
     fitted = problem.data.take(slice(0, len(heldout)))
-    generator = torch.Generator().manual_seed(config.seed)
     full_logits = full_model_logits(space.model, heldout)
     alone = space.logits(heldout, cut.kept, ablation)
     without = space.logits(heldout, complement(space.everything, cut.kept), ablation)
-    randoms = [random_like(space.everything, cut.kept, generator) for _ in range(config.random_sets)]
-    random_without = [
-        task_score(space.logits(heldout, complement(space.everything, r), ablation), heldout)[0] for r in randoms
-    ]
-    random_alone = [
-        task_score(space.logits(heldout, r, ablation), heldout, calibrate(space.logits(fitted, r, ablation), fitted))[0]
-        for r in randoms
-    ]
     full_calibration = calibrate(full_model_logits(space.model, fitted), fitted)
     loss, accuracy = task_score(alone, heldout, cut.calibration)
     full_loss, full_accuracy = task_score(full_logits, heldout)
@@ -92,15 +83,29 @@ def measure(problem: Problem, heldout: TaskData, cut: Cut) -> dict[str, Any]:
         "kl": kl_divergence(full_logits, alone),
         "agreement": same.float().mean().item(),
         "completeness_loss": task_score(without, heldout)[0],
-        "random_ablation_loss": statistics.fmean(random_without),
-        "random_ablation_loss_std": statistics.pstdev(random_without),
-        "random_circuit_loss": statistics.fmean(random_alone),
+        **_random_controls(problem, heldout, fitted, cut.kept),
         "full_model_loss": full_loss,
         "full_model_accuracy": full_accuracy,
         "full_model_loss_calibrated": task_score(full_logits, heldout, full_calibration)[0],
         "target_loss": config.target_loss,
         "train_loss": cut.loss,
         "chance_loss": CHANCE,
+    }
+
+
+def _random_controls(problem: Problem, heldout: TaskData, fitted: TaskData, kept: Units) -> dict[str, float]:
+    """What random circuits of a circuit's size do when they are ablated, and alone, calibrated on `fitted`."""
+    space, ablation, config = problem.space, problem.ablation, problem.config
+    generator = torch.Generator().manual_seed(config.seed)
+    without, alone = [], []
+    for random in [random_like(space.everything, kept, generator) for _ in range(config.random_sets)]:
+        without.append(task_score(space.logits(heldout, complement(space.everything, random), ablation), heldout)[0])
+        calibration = calibrate(space.logits(fitted, random, ablation), fitted)
+        alone.append(task_score(space.logits(heldout, random, ablation), heldout, calibration)[0])
+    return {
+        "random_ablation_loss": statistics.fmean(without),
+        "random_ablation_loss_std": statistics.pstdev(without),
+        "random_circuit_loss": statistics.fmean(alone),
     }
 
 

@@ -14,14 +14,15 @@ class Places:
 
     Args:
         tokens: (B, T).
-        shared: (B, T) where nothing changes; None: nowhere, and tensors keep their (..., B, T, D).
+        shared: (B, T) where nothing changes; None: nowhere, and tensors keep their (..., B, T, D), as they do where it
+            is everywhere.
     """
 
     def __init__(self, tokens: Tensor, shared: Tensor | None):
         self.shape = tokens.shape
-        self.everywhere = shared is None or not shared.any()
+        self.everywhere = shared is None or not shared.any() or bool(shared.all())
         if not self.everywhere:
-            self.changed, self.same = ((~shared).flatten().nonzero()[:, 0], shared.flatten().nonzero()[:, 0])
+            self.changed, self.same = (~shared).flatten().nonzero()[:, 0], shared.flatten().nonzero()[:, 0]
 
     def pick(self, x: Tensor) -> Tensor:
         """Of x, which broadcasts over (..., B, T, D), what is at the places."""
