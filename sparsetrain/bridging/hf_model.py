@@ -91,7 +91,7 @@ class HfModel:
 
     def normed(self, read: str, resid: Tensor) -> Tensor:
         """See `Residuals.normed`."""
-        return self._norm(read)(resid)
+        return self._norms[read](resid)
 
     def _logits(self, tokens: Tensor) -> Tensor:
         return self.model(input_ids=tokens, use_cache=False).logits
