@@ -76,6 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("run", help="the run directory, or the folder, to write")
 
+    made = add("sample", _sample, "Write text that a dense model makes up, as a corpus for a bridge to it.")
+    made.add_argument("dense", help="a run directory, a Hugging Face folder, or a name on its hub")
+    made.add_argument("file", help="the JSON-lines file to write")
+    made.add_argument("--tokens", type=int, required=True, help="how many to write, in whole samples")
+    made.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
+    made.add_argument("--length", type=int, default=128, help="tokens of a sample (default 128)")
+    made.add_argument("--start", default="\n", help="text that every sample begins with (default: a line's end)")
+    made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+
     made = add("tasks", _tasks, "Print, for every task, how well a run's full model does it on held-out prompts.")
     made.add_argument("run", help="a run directory")
     made.add_argument("--pairs", type=int, default=64, help="prompt pairs per task (default 64)")
@@ -200,6 +209,18 @@ def _import(options: argparse.Namespace) -> None:
 
     print(f"run directory: {import_gpt2(options.source, options.run)}")
     print("no corpus came with it: prune it under ablation=mean_task, mean_position, zero or corrupted")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from sparsetrain.bridging.sample import sample
+
+    o = options
+    made = sample(o.dense, o.file, o.tokens, o.seed, o.length, o.start, _device(o))
+    print(f"{o.file}: {made.n_documents} samples of {made.n_tokens_each} tokens, of {made.n_drawn} that were drawn")
+    print(
+        f"a corpus of it: data.source=json data.paths=[{o.file}]; a sample at a time: model.n_ctx="
+        f"{made.n_tokens_each - 1} train.stride={made.n_tokens_each + 1}"
+    )
 
 
 def _tasks(options: argparse.Namespace) -> None:

@@ -67,6 +67,8 @@ FAMILIES = {
 LAYER_NORMS = {"gpt2", "neox", "neox-sequential", "opt", "phi", "gpt-neo", "stablelm", "stablelm-parallel", "bloom",
                *(name for name in FAMILIES if name.startswith("falcon"))}  # fmt: skip
 PARALLEL = [name for name, (_, _, parallel) in FAMILIES.items() if parallel]
+# One of each kind of block is looked at from all sides; the others prove themselves when they are built.
+KINDS = ("gpt2", "llama", "gemma2", "neox", "phi", "bloom", "mixtral")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def theirs(name: str):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return model
 
 
 @cache
@@ -157,7 +159,7 @@ def test_sites_per_sublayer_or_per_block_as_the_log_says(family, tokenizer, capl
     assert model.width == 32 and model.vocab_size == V
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in PARALLEL])
+@pytest.mark.parametrize("family", [name for name in KINDS if name not in PARALLEL])
 def test_what_is_between_attention_and_mlp_is_between_their_writes(family):
     """Without attention the residual does not change there; without the MLP it does not after it."""
     model = built(family)
@@ -170,7 +172,7 @@ def test_what_is_between_attention_and_mlp_is_between_their_writes(family):
     assert torch.equal(seen["blocks.0.resid_mid"], seen["blocks.0.resid_pre"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_each_row_of_a_hybrid_pass_is_a_pass_of_its_own(family):
     model = built(family)
     check_hybrid_pass(model)
@@ -187,7 +189,7 @@ def test_a_batch_that_does_not_grow_gives_the_same(tokenizer):
     check_hybrid_pass(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_a_residual_replaced_by_itself_changes_nothing(family):
     model = built(family)
     tokens = random_tokens(2)
@@ -373,10 +375,20 @@ def test_blocks_that_are_not_two_halves_get_a_site_each(tokenizer):
     check_hybrid_pass(found)
 
 
+def test_a_list_within_the_blocks_is_not_taken_for_them(tokenizer):
+    model = theirs("gpt2")
+    model.transformer.h[1].mlp.experts = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+    assert len(HfModel(model, tokenizer).sites) == 7
+
+
 def test_models_without_residual_sites_are_refused(tokenizer):
     model = theirs("gpt2")
     model.config.n_layer = 4
     with pytest.raises(BridgeError, match=r"GPT2LMHeadModel must have one list of 4 blocks \(.*\) .* none"):
+        HfModel(model, tokenizer)
+    model = theirs("gpt2")
+    model.others = torch.nn.ModuleList(model.transformer.h[0] for _ in range(3))
+    with pytest.raises(BridgeError, match="must have one list of 3 blocks .* got transformer.h, others"):
         HfModel(model, tokenizer)
     config = transformers.T5Config(
         d_model=32, d_ff=32, num_layers=2, num_heads=2, vocab_size=V, decoder_start_token_id=0
@@ -410,9 +422,13 @@ def test_a_folder_of_transformers_is_loaded(folder, tokenizer):
     assert model.tokenizer.get_vocab() == tokenizer.get_vocab() and model.n_ctx == 40
 
 
-def test_half_precision_files_are_loaded_as_float32(folder):
-    theirs("llama").bfloat16().save_pretrained(folder)
-    assert {p.dtype for p in load_dense(folder).model.parameters()} == {torch.float32}
+def test_half_precision_files_are_loaded_as_float32_and_it_is_said(folder, caplog):
+    with caplog.at_level(logging.INFO, "sparsetrain"):
+        load_dense(folder)
+        assert "float32" not in caplog.text
+        theirs("llama").bfloat16().save_pretrained(folder)
+        assert {p.dtype for p in load_dense(folder).model.parameters()} == {torch.float32}
+    assert f"{folder} is in bfloat16; it is loaded as float32" in caplog.text
 
 
 def test_a_run_of_ours_is_loaded_frozen(tiny_run):

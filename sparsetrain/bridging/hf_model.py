@@ -91,7 +91,7 @@ class HfModel:
 
     def normed(self, read: str, resid: Tensor) -> Tensor:
         """See `Residuals.normed`."""
-        return self._norm(read)(resid)
+        return self._norms[read](resid)
 
     def _logits(self, tokens: Tensor) -> Tensor:
         return self.model(input_ids=tokens, use_cache=False).logits
@@ -164,13 +164,14 @@ class HfModel:
 def load_hf(source: str | Path, device: str | torch.device = "cpu") -> HfModel:
     """Load a causal language model of Hugging Face; see `load_dense`."""
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise BridgeError(
             f"{source} is a Hugging Face model, which needs transformers, got {error}; pip install 'sparsetrain[hf]'"
         ) from None
     tokenizer = _tokenizer(found(finder(source), "tokenizer.json", source))
     try:
+        stored = AutoConfig.from_pretrained(source, trust_remote_code=False).dtype
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
@@ -180,6 +181,8 @@ def load_hf(source: str | Path, device: str | torch.device = "cpu") -> HfModel:
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise BridgeError(f"{source} must hold all weights of {type(model).__name__}, got none of {', '.join(missing)}")
+    if stored not in (None, torch.float32):
+        log.info("%s is in %s; it is loaded as float32", source, str(stored).removeprefix("torch."))
     return HfModel(model.to(device), tokenizer)
 
 
