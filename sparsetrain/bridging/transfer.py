@@ -19,7 +19,8 @@ from sparsetrain.bridging import steering
 from sparsetrain.bridging.bridge import Bridge
 from sparsetrain.bridging.dense import OwnModel, load_dense
 from sparsetrain.bridging.directions import Direction, transferred
-from sparsetrain.bridging.residuals import BridgeError, Residuals, same_tokens
+from sparsetrain.bridging.residuals import BridgeError, Residuals
+from sparsetrain.bridging.same_tokens import same_tokens
 from sparsetrain.bridging.steering import Prompts, Pushes
 from sparsetrain.bridging.train import load_bridge
 from sparsetrain.bridging.transfer_measures import curve, defined, draws_curve, rise, share
