@@ -91,7 +91,7 @@ def _tile(label: str, value: str, control: str) -> str:
 
 
 def _together(found: dict[str, Any]) -> str:
-    """Three charts of all directions at once: both ways, and the logit difference."""
+    """Charts of all directions at once: the other answer both ways, the own one, and the logit difference."""
     panels = (
         ("to_negative", "other", "P(negative answer), positive prompts"),
         ("to_positive", "other", "P(positive answer), negative prompts"),
@@ -105,7 +105,7 @@ def _together(found: dict[str, Any]) -> str:
             for kind, (words, colour) in KINDS.items()
             for x in [found["random_strengths" if kind == "random" else "strengths"]]
         ]
-        charts.append(chart(title, lines, 330, 220, "strength"))
+        charts.append(chart(title, lines, 316, 220, "strength"))
     legend = "".join(
         f'<span class="key" style="border-color:{colour}"></span>{words} ' for words, colour in KINDS.values()
     )
@@ -123,7 +123,7 @@ def _band(curve: Mapping[str, Sequence[float]]) -> tuple[Sequence[float], Sequen
 
 
 def _alone(found: dict[str, Any]) -> str:
-    """A small chart for each direction: the other answer's probability, both ways, and the random range at 1."""
+    """A small chart for each direction: the other answer's probability, both ways."""
     ordered = sorted(found["nodes"], key=lambda n: -n["rise"])[:CHARTS]
     top = max(max(max(n["curve"][side]["other"]["mean"]) for side in ("to_negative", "to_positive")) for n in ordered)
     charts = []

@@ -52,8 +52,19 @@ def pair():
     sparse = copy.deepcopy(dense)
     rotation = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0)))[0]
     rotate_(sparse, rotation)
+    give_gains_(sparse)
     sparse, dense = OwnModel(sparse, None), OwnModel(dense, None)
     return sparse, dense, exact_bridge(sparse, rotation)
+
+
+@torch.no_grad()
+def give_gains_(model):
+    """Uneven gains, undone in what reads through them."""
+    norms = [(m.norm.resid, r) for b in model.blocks for m, r in ((b.attn, b.attn.qkv), (b.mlp, b.mlp.up))]
+    for norm, reader in [*norms, (model.norm, model.unembed)]:
+        gain = torch.linspace(0.5, 2, D)
+        norm.weight.mul_(gain)
+        reader.weight.div_(gain)
 
 
 @torch.no_grad()

@@ -210,7 +210,7 @@ def test_a_resume_with_another_config_lists_every_difference(tiny, tiny_run):
     assert "model.d_model: 32 there, 64 now" in message
     assert "optim.lr: 0.02 there, 0.5 now" in message
     assert "log_every" not in message
-    assert "choose another run.name" in message
+    assert "choose another name" in message
 
 
 def test_a_resume_on_another_corpus_is_refused(tiny, tmp_path):
