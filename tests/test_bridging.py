@@ -81,6 +81,9 @@ def test_kl_is_that_of_the_definition_over_the_common_vocabulary():
     p, q = wanted.softmax(-1), logits[..., :7].softmax(-1)
     assert torch.allclose(kl(p.log(), logits), (p * (p / q).log()).sum(-1))
     assert kl(p.log(), wanted).abs().max() < 1e-12
+    with torch.autocast("cpu", torch.bfloat16):
+        close_by = kl(p.log().float(), logits.bfloat16())
+    assert torch.allclose(close_by.double(), kl(p.log(), logits.bfloat16().double()), atol=1e-5)
 
 
 def test_over_the_steps_each_row_takes_each_hybrid_pass_equally_often():

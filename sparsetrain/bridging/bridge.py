@@ -119,13 +119,18 @@ def kl(wanted: Tensor, logits: Tensor) -> Tensor:
 
     Logits beyond V, which a model may have for rows that stand for no token, are left out.
     """
-    found = F.log_softmax(logits[..., : wanted.shape[-1]], -1)
+    found = _log_softmax(logits[..., : wanted.shape[-1]])
     return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
 
 
 def log_probabilities(logits: Tensor, *models: Residuals) -> Tensor:
     """Log-probabilities (B, T, V) over the V logits that all these models have."""
-    return F.log_softmax(logits[..., : min(model.vocab_size for model in models)], -1)
+    return _log_softmax(logits[..., : min(model.vocab_size for model in models)])
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In float32 at least: in bfloat16 probabilities would not add up to one."""
+    return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def spread_rows(n_rows: int, n_sites: int, shift: int, device: torch.device) -> list[Tensor]:

@@ -118,7 +118,8 @@ class _FitSteps:
         return x.to(self.device), y.to(self.device)
 
     def advance(self) -> Tensor:
-        loss = self.fitting.loss(*self._batch(), self.step, self.sparse.model)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bfloat16"):
+            loss = self.fitting.loss(*self._batch(), self.step, self.sparse.model)
         loss.backward()
         self.fitting.step_(self.step / self.config.train.steps)
         self.step += 1
@@ -151,8 +152,9 @@ def _load_or_regress(fitting: Fitting, tokens: np.ndarray, newest: Path | None) 
         fitting.load_(checkpoint.load_sparse(newest / "bridge.safetensors", device))
         return
     n_batches = -(-64 * max(fitting.sparse.width, fitting.dense.width) // (c.train.batch_size * c.model.n_ctx))
-    drawn = (batch(tokens, c.run.seed, i, 0, c.train.batch_size, c.model.n_ctx) for i in range(n_batches))
-    regress_(fitting.bridge, fitting.sparse, fitting.dense, (x.to(device) for x, _ in drawn))
+    sizes = c.train.batch_size, c.model.n_ctx, c.train.stride
+    drawn = (batch(tokens, c.run.seed, i, 0, *sizes)[0] for i in range(n_batches))
+    regress_(fitting.bridge, fitting.sparse, fitting.dense, (x.to(device) for x in drawn))
 
 
 def _fit(config: BridgeConfig, dense: Residuals, device: torch.device) -> Path:
