@@ -11,6 +11,7 @@ from sparsetrain import checkpoint
 from sparsetrain.bridge_config import BridgeConfig
 from sparsetrain.bridging.bridge import Bridge, Pair, bridge_losses, kl, normalised_error, spread_rows
 from sparsetrain.bridging.dense import OwnModel
+from sparsetrain.bridging.fitting import Fitting
 from sparsetrain.bridging.quality import quality
 from sparsetrain.bridging.regression import regress_
 from sparsetrain.bridging.train import bridge, load_bridge
@@ -99,7 +100,7 @@ def test_the_hybrid_losses_are_the_mean_of_single_passes(dense_run, tiny_run):
     sparse, dense = own(tiny_run), own(dense_run)
     bridge_ = Bridge([Pair(site, site) for site in sparse.sites], 32, 32, topk=0.5)
     tokens, targets = held_out(dense_run, 1)[0]
-    regress_(bridge_, sparse, dense, [tokens])  # its scales are the batch's, so that steps do not move them
+    regress_(bridge_, sparse, dense, [tokens])
     with torch.no_grad():
         report = quality(bridge_, sparse, dense, [(tokens, targets)])
         parts = [bridge_losses(bridge_, sparse, dense, tokens, sparse.run(tokens)[0], i) for i in range(5)]
@@ -132,6 +133,23 @@ def test_each_loss_reaches_what_it_shall_train_and_the_dense_model_stays(tiny, d
     assert reached["nmse_to_dense"] == {"encoder": False, "decoder": True, "sparse": True}
     assert reached["kl_to_sparse"] == {"encoder": True, "decoder": False, "sparse": True}
     assert reached["kl_to_dense"] == {"encoder": False, "decoder": True, "sparse": True}
+
+
+def test_a_batch_in_parts_takes_the_hybrid_passes_of_the_whole(tiny, tiny_run, dense_run):
+    """And moves the scales once, by its first part."""
+    config = joint(tiny, dense_run, "nowhere")
+    tokens, targets = held_out(dense_run, 1)[0]
+    sparse = own(tiny_run)
+    seen = []
+    for n_parts in (1, 2, 4):
+        fitting = Fitting(config, sparse, own(dense_run), torch.device("cpu"))
+        regress_(fitting.bridge, sparse, fitting.dense, [tokens])
+        for x, y in zip(tokens.chunk(n_parts), targets.chunk(n_parts), strict=True):
+            fitting.loss(x, y, 3, sparse.model).backward()
+        seen.append(fitting.parts)
+        fitting.step_(0.5)
+    for name in ("pretrain", "kl_to_sparse", "kl_to_dense"):
+        assert [parts[name].item() for parts in seen] == pytest.approx([seen[0][name].item()] * 3, rel=1e-3)
 
 
 def test_a_joint_run_resumes_bit_for_bit_and_is_an_ordinary_run(tiny, dense_run, tmp_path):

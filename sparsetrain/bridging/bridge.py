@@ -162,8 +162,7 @@ def bridge_losses(
     """The four losses of the bridge on a batch, each summed over sites.
 
     Args:
-        bridge: whose scales follow the sparse model's.
-        sparse, dense: the models.
+        bridge, sparse, dense: what is trained, and the models.
         tokens: (B, T).
         h_sparse: residuals (B, T, S) of the sparse model on them, through which gradients reach it.
         shift: which row takes which hybrid pass; the step's number.
@@ -174,7 +173,6 @@ def bridge_losses(
     with torch.no_grad():
         h_dense, logits = dense.run(tokens)
         wanted = log_probabilities(logits, sparse, dense)
-    bridge.follow_(h_sparse)
     rows = spread_rows(len(tokens), len(bridge.pairs), shift, tokens.device)
     nmse = {"to_sparse": [], "to_dense": []}
     to_sparse, to_dense = {}, {}
