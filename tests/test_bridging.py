@@ -191,6 +191,29 @@ def test_a_bridge_to_a_trained_run_leaves_it_alone_and_resumes(dense_run, tiny_r
     assert all(torch.equal(first[name], t) for name, t in load_bridge(again)[0].state_dict().items())
 
 
+def test_a_fit_keeps_at_least_one_of_the_runs_own_channels(dense_run, tiny_run):
+    with pytest.raises(ConfigError, match="bridge.topk must keep at least one of 32 channels, got 0.02"):
+        bridge(fit(tiny_run, dense_run, "bridge.topk=0.02"))
+
+
+def test_a_run_goes_on_with_its_own_bridge_alone(tiny, dense_run, tiny_run, tmp_path):
+    short = ["train.steps=4", "train.checkpoint_every=2"]
+    folder = bridge(joint(tiny, dense_run, tmp_path, *short))
+    run_dir = folder.parents[1]
+    with pytest.raises(ConfigError, match="must be a new run, .* the bridge 'other', got one .* without it"):
+        bridge(joint(tiny, tiny_run, tmp_path, *short, "bridge.name=other"))
+    assert not (run_dir / "bridges" / "other").exists()
+    before = (folder / "report.json").read_bytes()
+    for name in ("bridge.safetensors", "report.json"):
+        (folder / name).unlink()
+        with pytest.raises(checkpoint.CheckpointError, match="must hold a finished bridge"):
+            load_bridge(folder)
+        bridge(joint(tiny, dense_run, tmp_path, *short))
+        assert (folder / "report.json").read_bytes() == before and load_bridge(folder)
+    with pytest.raises(ConfigError, match=r"what is trained beside its model \(bridge\), got a command"):
+        train(load_config(RunConfig, [str(run_dir / "config.yaml")]))
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -203,6 +226,7 @@ def test_a_bridge_to_a_trained_run_leaves_it_alone_and_resumes(dense_run, tiny_r
             "sparse sites must be named once each and in forward order",
         ),
         (["bridge.topk=0.01"], "bridge.topk must keep at least one of 32 channels"),
+        (["run.compile=true"], "run.compile must be false with a bridge"),
         (["bridge.dense=null"], "bridge.dense must name the dense model, got null"),
         (["model.n_ctx=64"], "model.n_ctx must be at most the dense model's 32, got 64"),
     ],

@@ -32,7 +32,7 @@ from sparsetrain.data import Corpus, batch, evaluation_batches, prepare
 from sparsetrain.files import write_json, write_whole
 from sparsetrain.kernels import ops
 from sparsetrain.loop import TrainingError, run_steps
-from sparsetrain.model import Transformer
+from sparsetrain.model import Transformer, n_kept
 from sparsetrain.record import Recorder
 from sparsetrain.step import Training
 from sparsetrain.train import RunSteps, pick_device, refuse_changes, train
@@ -90,6 +90,9 @@ class _JointSteps(RunSteps):
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         return {**super().beside(), "bridge": self.fitting.tensors()}
+
+    def is_finished(self) -> bool:
+        return super().is_finished() and is_finished(self.bridge_folder)
 
     def finish(self) -> dict[str, Any]:
         return {"bridge": worst(_finish(self.fitting, self.bridge_folder, self.run.corpus))}
@@ -166,7 +169,7 @@ def _fit(config: BridgeConfig, dense: Residuals, device: torch.device) -> Path:
         steps = _FitSteps(config, OwnModel(model.requires_grad_(False), tokenizer), dense, device, folder)
         if steps.step < config.train.steps:
             run_steps(steps, config.train, config.run.threads)
-        if not (folder / "report.json").exists():
+        if not is_finished(folder):
             _finish(steps.fitting, folder, steps.corpus)
     return folder
 
@@ -183,7 +186,11 @@ def _with_tokenizer(config: BridgeConfig, dense: Residuals) -> BridgeConfig:
 
 
 def _check(config: BridgeConfig, dense: Residuals, tokenizer: Tokenizer) -> None:
-    """Refuse, before anything is trained, a dense model with other tokens, or that is too short for a sequence."""
+    """Refuse, before anything is trained, a dense model with other tokens, or that is too short for a sequence, and
+    encoders that keep nothing."""
+    topk, width = config.bridge.topk, config.model.d_model
+    if n_kept(topk, width) < 1:
+        raise ConfigError(f"bridge.topk must keep at least one of {width} channels, got {topk}")
     with torch.device("meta"):
         sparse = OwnModel(Transformer(config.model, tokenizer.get_vocab_size()), tokenizer)
     same_tokens(sparse, dense)
@@ -198,9 +205,19 @@ def _begin(config: BridgeConfig) -> Path:
     folder = run_dir / "bridges" / config.bridge.name
     if (folder / "config.yaml").exists():
         refuse_changes(folder / "config.yaml", config)
+    elif not config.bridge.sparse and checkpoint.latest_checkpoint(run_dir):
+        raise ConfigError(
+            f"{run_dir} must be a new run, to be trained with the bridge {config.bridge.name!r}, got one that was "
+            f"trained without it; choose another run.name, or set bridge.sparse={run_dir} to bridge to it as it is"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.yaml", config_to_yaml(config).encode())
     return folder
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a bridge's folder holds all that a bridge leaves."""
+    return all((folder / name).exists() for name in ("bridge.safetensors", "report.json"))
 
 
 def _short_report(fitting: Fitting, corpus: Corpus) -> dict[str, float]:
@@ -233,7 +250,7 @@ def load_bridge(folder: str | Path, device: str | torch.device = "cpu") -> tuple
         CheckpointError: there is none, or it is damaged.
     """
     folder = Path(folder)
-    if not (folder / "bridge.safetensors").exists():
+    if not is_finished(folder):
         raise checkpoint.CheckpointError(f"{folder} must hold a finished bridge, got none; see `sparsetrain bridge`")
     config = load_config(BridgeConfig, [str(folder / "config.yaml")])
     tensors = checkpoint.load_sparse(folder / "bridge.safetensors", device)

@@ -18,7 +18,7 @@ from sparsetrain.bridging.directions import Direction, transferred
 from sparsetrain.bridging.interventions import Case, measure
 from sparsetrain.bridging.residuals import BridgeError, Residuals
 from sparsetrain.bridging.same_tokens import same_tokens
-from sparsetrain.bridging.train import load_bridge
+from sparsetrain.bridging.train import is_finished, load_bridge
 from sparsetrain.config import RunConfig
 from sparsetrain.data import Corpus, batch, evaluation_batches
 from sparsetrain.files import write_json
@@ -85,7 +85,7 @@ def transfer(
 
 def _bridge_folder(run: str | Path, bridge: str) -> Path:
     bridges = Path(run) / "bridges"
-    there = sorted(folder.name for folder in bridges.glob("[!.]*") if (folder / "bridge.safetensors").exists())
+    there = sorted(folder.name for folder in bridges.glob("[!.]*") if is_finished(folder))
     if bridge not in there:
         found = ", ".join(there) or "none"
         raise BridgeError(f"--bridge must be one that is finished in {bridges}, which are {found}, got {bridge!r}")
