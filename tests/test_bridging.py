@@ -14,7 +14,8 @@ from sparsetrain.bridging.dense import OwnModel
 from sparsetrain.bridging.fitting import Fitting
 from sparsetrain.bridging.quality import quality
 from sparsetrain.bridging.regression import regress_
-from sparsetrain.bridging.train import bridge, load_bridge
+from sparsetrain.bridging.residuals import BridgeError
+from sparsetrain.bridging.train import bridge, check_models, load_bridge
 from sparsetrain.config import ConfigError, RunConfig, load_config
 from sparsetrain.data import evaluation_batches, prepare
 from sparsetrain.train import train
@@ -184,6 +185,8 @@ def test_a_bridge_to_a_trained_run_leaves_it_alone_and_resumes(dense_run, tiny_r
     folder = bridge(fit(run, dense_run, "train.steps=20", "train.checkpoint_every=10", "train.eval_every=10"))
     first = {**load_bridge(folder)[0].state_dict()}
     assert all(torch.equal(before[name], t) for name, t in sparsetrain.load(run)[0].state_dict().items())
+    with pytest.raises(BridgeError, match="the dense model must have the weights that it had when the bridge"):
+        check_models(folder, {"dense": own(run), "sparse": own(run)})
     (folder / "bridge.safetensors").unlink()
     (folder / "report.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "step_00000020")

@@ -1,6 +1,6 @@
 """The stage `bridge`: a sparse model trained jointly with a bridge to a dense one, or a bridge to a trained one.
 
-runs/<name>/bridges/<bridge>/{config.yaml, bridge.safetensors, report.json}
+runs/<name>/bridges/<bridge>/{config.yaml, models.json, bridge.safetensors, report.json}
 
 The state of a joint training is in the run's own checkpoints; that of a bridge to a trained model is in checkpoints/
 there, with metrics.jsonl and tensorboard/.
@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from sparsetrain.bridging.dense import OwnModel, load_dense
 from sparsetrain.bridging.fitting import Fitting
 from sparsetrain.bridging.quality import quality, worst
 from sparsetrain.bridging.regression import regress_
-from sparsetrain.bridging.residuals import Residuals
+from sparsetrain.bridging.residuals import BridgeError, Residuals
 from sparsetrain.bridging.same_tokens import same_tokens
 from sparsetrain.config import ConfigError, config_to_yaml, load_config
 from sparsetrain.data import Corpus, batch, evaluation_batches, prepare
@@ -33,6 +34,7 @@ from sparsetrain.files import write_json, write_whole
 from sparsetrain.kernels import ops
 from sparsetrain.loop import TrainingError, run_steps
 from sparsetrain.model import Transformer, n_kept
+from sparsetrain.pruning.edges import weights_hash
 from sparsetrain.record import Recorder
 from sparsetrain.step import Training
 from sparsetrain.train import RunSteps, pick_device, refuse_changes, train
@@ -60,7 +62,7 @@ def bridge(config: BridgeConfig) -> Path:
         return _fit(config, dense, device)
     config = _with_tokenizer(config, dense)
     _check(config, dense, prepare(config.data).tokenizer)
-    folder = _begin(config)
+    folder = _begin(config, {"dense": dense})
     train(config.run_config, lambda run: _JointSteps(run, config, dense, folder))
     return folder
 
@@ -164,9 +166,10 @@ def _fit(config: BridgeConfig, dense: Residuals, device: torch.device) -> Path:
     model, tokenizer, run = checkpoint.load_run(config.bridge.sparse, device)
     config = dataclasses.replace(config, data=run.data, model=run.model, sparsity=run.sparsity)
     _check(config, dense, tokenizer)
-    folder = _begin(config)
+    sparse = OwnModel(model.requires_grad_(False), tokenizer)
+    folder = _begin(config, {"dense": dense, "sparse": sparse})
     with ops.using(config.run.kernels):
-        steps = _FitSteps(config, OwnModel(model.requires_grad_(False), tokenizer), dense, device, folder)
+        steps = _FitSteps(config, sparse, dense, device, folder)
         if steps.step < config.train.steps:
             run_steps(steps, config.train, config.run.threads)
         if not is_finished(folder):
@@ -199,8 +202,8 @@ def _check(config: BridgeConfig, dense: Residuals, tokenizer: Tokenizer) -> None
         raise ConfigError(f"model.n_ctx must be at most the dense model's {dense.n_ctx}, got {config.model.n_ctx}")
 
 
-def _begin(config: BridgeConfig) -> Path:
-    """The bridge's folder, with its config in it."""
+def _begin(config: BridgeConfig, models: Mapping[str, Residuals]) -> Path:
+    """The bridge's folder, with its config in it, and what tells the weights of the models that it rests on."""
     run_dir = Path(config.bridge.sparse) if config.bridge.sparse else config.run_dir
     folder = run_dir / "bridges" / config.bridge.name
     if (folder / "config.yaml").exists():
@@ -210,9 +213,28 @@ def _begin(config: BridgeConfig) -> Path:
             f"{run_dir} must be a new run, to be trained with the bridge {config.bridge.name!r}, got one that was "
             f"trained without it; choose another run.name, or set bridge.sparse={run_dir} to bridge to it as it is"
         )
+    check_models(folder, models)
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "models.json", {side: weights_hash(model.model) for side, model in models.items()})
     write_whole(folder / "config.yaml", config_to_yaml(config).encode())
     return folder
+
+
+def check_models(folder: Path, models: Mapping[str, Residuals]) -> None:
+    """Make sure that models, by side, have the weights that they had when a bridge was begun.
+
+    Of a sparse model that was trained with the bridge nothing is known: its weights are not those of then.
+
+    Raises:
+        BridgeError: which has others.
+    """
+    file = folder / "models.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if other := [side for side in known.keys() & models.keys() if weights_hash(models[side].model) != known[side]]:
+        raise BridgeError(
+            f"the {' and the '.join(other)} model must have the weights that it had when the bridge in {folder} was "
+            "begun, got others; bring them back, or make a new bridge"
+        )
 
 
 def is_finished(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from sparsetrain.bridging.directions import Direction, transferred
 from sparsetrain.bridging.interventions import Case, measure
 from sparsetrain.bridging.residuals import BridgeError, Residuals
 from sparsetrain.bridging.same_tokens import same_tokens
-from sparsetrain.bridging.train import is_finished, load_bridge
+from sparsetrain.bridging.train import check_models, is_finished, load_bridge
 from sparsetrain.config import RunConfig
 from sparsetrain.data import Corpus, batch, evaluation_batches
 from sparsetrain.files import write_json
@@ -51,7 +51,8 @@ def transfer(
         The file transfer.json; see `measure`.
 
     Raises:
-        BridgeError: there is no such bridge, or no node of the circuit can be transferred.
+        BridgeError: there is no such bridge, a model has other weights than it had then, or no node of the circuit can
+            be transferred.
         CircuitError: there is no such circuit, it is one of components, or of another model.
         CheckpointError, DataError, TaskError, WriteError: something cannot be read, drawn or written.
     """
@@ -62,6 +63,7 @@ def transfer(
     sparse, dense = OwnModel(model.requires_grad_(False), tokenizer), load_dense(config.bridge.dense, device)
     _check(carried, folder, sparse)
     same_tokens(sparse, dense)
+    check_models(_bridge_folder(run, bridge), {"sparse": sparse, "dense": dense})
     corpus = checkpoint.run_corpus(run, run_config)
     reference = _reference(corpus, run_config).to(device)
     found, left = transferred(carried.nodes, loaded, sparse, dense, reference)
