@@ -23,6 +23,7 @@ from sparsetrain.config import RunConfig
 from sparsetrain.data import Corpus, batch, evaluation_batches
 from sparsetrain.files import write_json
 from sparsetrain.pruning.circuit import Circuit, CircuitError, circuit_folder, load_circuit
+from sparsetrain.pruning.edges import weights_hash
 from sparsetrain.pruning.graph import node_sites
 from sparsetrain.tasks import TaskData, TaskError, encode_task, load_task
 
@@ -102,6 +103,12 @@ def _check(circuit: Circuit, folder: Path, sparse: OwnModel) -> None:
         )
     if {site: len(mask) for site, mask in circuit.nodes.items()} != node_sites(sparse.model.options):
         raise CircuitError(f"{folder} must hold a circuit of this run's model, got one with other sites; prune again")
+    ours = weights_hash(sparse.model)
+    if (theirs := circuit.settings.get("model", ours)) != ours:
+        raise CircuitError(
+            f"{folder} must hold a circuit of this run's model as it is now ({ours}), got one of other weights "
+            f"({theirs}); prune again"
+        )
 
 
 def _reference(corpus: Corpus, config: RunConfig) -> Tensor:
