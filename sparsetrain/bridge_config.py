@@ -35,8 +35,8 @@ class BridgeConfig(RunConfig):
 
     def problems(self) -> list[str]:
         found = [] if self.bridge.dense else ["bridge.dense must name the dense model, got null"]
-        if int(self.bridge.topk * self.model.d_model) < 1:
-            found.append(f"bridge.topk must keep at least one of {self.model.d_model} channels, got {self.bridge.topk}")
+        if self.run.compile:
+            found.append("run.compile must be false with a bridge, which is not compiled, got true")
         return [*super().problems(), *found]
 
     @property

@@ -51,7 +51,6 @@ def start_refill(tensors: list[Projected], options: SparsityOptions, step: int, 
 @torch.no_grad()
 def _choose(refill: Refill, t: Projected, gradient: Tensor, n: int) -> None:
     """Keep the entries where the dense gradient is greatest, and drop it: one matrix is whole at a time."""
-    t.linear.explore = None  # the first part of a batch decides
     refill.chosen[t.name] = gradient.abs_().flatten().topk(n).indices
 
 

@@ -253,6 +253,8 @@ def _given_tokenizer(options: DataOptions) -> Tokenizer | None:
             f"the tokenizer {options.tokenizer} must have the token {options.end_of_text}, got none; "
             "name its own in data.end_of_text"
         )
+    tokenizer.no_truncation()  # as some that come with models do, which would cut documents short, or fill them up
+    tokenizer.no_padding()
     if tokenizer.get_vocab_size() > 65536:
         raise DataError(f"the tokenizer must have at most 65536 tokens, got {tokenizer.get_vocab_size()}")
     return tokenizer

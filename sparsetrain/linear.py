@@ -16,8 +16,8 @@ class Linear(nn.Linear):
         weight: (M, K); where there are candidates (E,), the weight at each, and zero at every other entry.
         candidates: where the weight may be other than zero; its values are `weight`. None: everywhere.
         active: the nonzeros of the weight as they were last read, which products take; None: dense products.
-        explore: called in the backward pass with the gradient of the dense weight (M, K) over the first
-            `explore_blocks` sequences; None: not computed.
+        explore: called in the backward pass of the next forward pass, and of no other, with the gradient of the dense
+            weight (M, K) over its first `explore_blocks` sequences; None: not computed.
     """
 
     def __init__(self, n_in: int, n_out: int, bias: bool = True):
@@ -42,7 +42,7 @@ class Linear(nn.Linear):
     def _sparse(self, x: Tensor) -> Tensor:
         y = sparse_linear(x, self.active, self.bias, gradient_to=self.candidates or self.weight)
         if self.explore is not None and y.requires_grad:
-            read, explore = x.detach()[: self.explore_blocks].clone(), self.explore
+            read, explore, self.explore = x.detach()[: self.explore_blocks].clone(), self.explore, None
             y.register_hook(lambda grad: explore(dense_gradient(grad[: len(read)], read)))
         return y
 

@@ -115,6 +115,10 @@ class RunSteps:
     def broken(self, what: str, step: int) -> TrainingError:
         return not_finite(self.run, what, step)
 
+    def is_finished(self) -> bool:
+        """Whether all that a finished run leaves is there."""
+        return (self.folder / "model").is_dir()
+
     def finish(self) -> dict[str, Any]:
         """Write what the finished run leaves besides its model; the numbers that its summary gets too."""
         return {}
@@ -147,11 +151,12 @@ def train(config: RunConfig, steps_of: Callable[[Training], RunSteps] = RunSteps
 
 def _train(config: RunConfig, steps_of: Callable[[Training], RunSteps]) -> Path:
     steps = steps_of(_start(config))
+    _refuse_another_command(steps)
     try:
         if steps.step < config.train.steps:
             _describe(config.run_dir, steps.run)
             run_steps(steps, config.train, config.run.threads)
-        if not (config.run_dir / "model").is_dir():
+        if not steps.is_finished():
             _finish(steps)
     except OSError as error:
         kept = checkpoint.latest_checkpoint(config.run_dir)
@@ -225,6 +230,16 @@ def refuse_changes(file: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"{file.parent} holds a run with another config; choose another name, or delete the folder:\n  "
             + "\n  ".join(changes)
+        )
+
+
+def _refuse_another_command(steps: RunSteps) -> None:
+    newest = checkpoint.latest_checkpoint(steps.folder)
+    more = {f.stem for f in newest.glob("*.safetensors")} - {"model", "optimizer", *steps.beside()} if newest else None
+    if more:
+        raise ConfigError(
+            f"{steps.folder} must go on with what is trained beside its model ({', '.join(more)}), got a command that "
+            "leaves it out; go on with the one that began it"
         )
 
 

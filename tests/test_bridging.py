@@ -11,9 +11,11 @@ from sparsetrain import checkpoint
 from sparsetrain.bridge_config import BridgeConfig
 from sparsetrain.bridging.bridge import Bridge, Pair, bridge_losses, kl, normalised_error, spread_rows
 from sparsetrain.bridging.dense import OwnModel
+from sparsetrain.bridging.fitting import Fitting
 from sparsetrain.bridging.quality import quality
 from sparsetrain.bridging.regression import regress_
-from sparsetrain.bridging.train import bridge, load_bridge
+from sparsetrain.bridging.residuals import BridgeError
+from sparsetrain.bridging.train import bridge, check_models, load_bridge
 from sparsetrain.config import ConfigError, RunConfig, load_config
 from sparsetrain.data import evaluation_batches, prepare
 from sparsetrain.train import train
@@ -81,6 +83,9 @@ def test_kl_is_that_of_the_definition_over_the_common_vocabulary():
     p, q = wanted.softmax(-1), logits[..., :7].softmax(-1)
     assert torch.allclose(kl(p.log(), logits), (p * (p / q).log()).sum(-1))
     assert kl(p.log(), wanted).abs().max() < 1e-12
+    with torch.autocast("cpu", torch.bfloat16):
+        close_by = kl(p.log().float(), logits.bfloat16())
+    assert torch.allclose(close_by.double(), kl(p.log(), logits.bfloat16().double()), atol=1e-5)
 
 
 def test_over_the_steps_each_row_takes_each_hybrid_pass_equally_often():
@@ -96,7 +101,7 @@ def test_the_hybrid_losses_are_the_mean_of_single_passes(dense_run, tiny_run):
     sparse, dense = own(tiny_run), own(dense_run)
     bridge_ = Bridge([Pair(site, site) for site in sparse.sites], 32, 32, topk=0.5)
     tokens, targets = held_out(dense_run, 1)[0]
-    regress_(bridge_, sparse, dense, [tokens])  # its scales are the batch's, so that steps do not move them
+    regress_(bridge_, sparse, dense, [tokens])
     with torch.no_grad():
         report = quality(bridge_, sparse, dense, [(tokens, targets)])
         parts = [bridge_losses(bridge_, sparse, dense, tokens, sparse.run(tokens)[0], i) for i in range(5)]
@@ -131,6 +136,23 @@ def test_each_loss_reaches_what_it_shall_train_and_the_dense_model_stays(tiny, d
     assert reached["kl_to_dense"] == {"encoder": False, "decoder": True, "sparse": True}
 
 
+def test_a_batch_in_parts_takes_the_hybrid_passes_of_the_whole(tiny, tiny_run, dense_run):
+    """And moves the scales once, by its first part."""
+    config = joint(tiny, dense_run, "nowhere")
+    tokens, targets = held_out(dense_run, 1)[0]
+    sparse = own(tiny_run)
+    seen = []
+    for n_parts in (1, 2, 4):
+        fitting = Fitting(config, sparse, own(dense_run), torch.device("cpu"))
+        regress_(fitting.bridge, sparse, fitting.dense, [tokens])
+        for x, y in zip(tokens.chunk(n_parts), targets.chunk(n_parts), strict=True):
+            fitting.loss(x, y, 3, sparse.model).backward()
+        seen.append(fitting.parts)
+        fitting.step_(0.5)
+    for name in ("pretrain", "kl_to_sparse", "kl_to_dense"):
+        assert [parts[name].item() for parts in seen] == pytest.approx([seen[0][name].item()] * 3, rel=1e-3)
+
+
 def test_a_joint_run_resumes_bit_for_bit_and_is_an_ordinary_run(tiny, dense_run, tmp_path):
     whole = bridge(joint(tiny, dense_run, tmp_path / "a"))
     stopped = load_config(BridgeConfig, [*tiny, f"run.out={tmp_path}/b", f"bridge.dense={dense_run}"])
@@ -163,11 +185,36 @@ def test_a_bridge_to_a_trained_run_leaves_it_alone_and_resumes(dense_run, tiny_r
     folder = bridge(fit(run, dense_run, "train.steps=20", "train.checkpoint_every=10", "train.eval_every=10"))
     first = {**load_bridge(folder)[0].state_dict()}
     assert all(torch.equal(before[name], t) for name, t in sparsetrain.load(run)[0].state_dict().items())
+    with pytest.raises(BridgeError, match="the dense model must have the weights that it had when the bridge"):
+        check_models(folder, {"dense": own(run), "sparse": own(run)})
     (folder / "bridge.safetensors").unlink()
     (folder / "report.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "step_00000020")
     again = bridge(fit(run, dense_run, "train.steps=20", "train.checkpoint_every=10", "train.eval_every=10"))
     assert all(torch.equal(first[name], t) for name, t in load_bridge(again)[0].state_dict().items())
+
+
+def test_a_fit_keeps_at_least_one_of_the_runs_own_channels(dense_run, tiny_run):
+    with pytest.raises(ConfigError, match="bridge.topk must keep at least one of 32 channels, got 0.02"):
+        bridge(fit(tiny_run, dense_run, "bridge.topk=0.02"))
+
+
+def test_a_run_goes_on_with_its_own_bridge_alone(tiny, dense_run, tiny_run, tmp_path):
+    short = ["train.steps=4", "train.checkpoint_every=2"]
+    folder = bridge(joint(tiny, dense_run, tmp_path, *short))
+    run_dir = folder.parents[1]
+    with pytest.raises(ConfigError, match="must be a new run, .* the bridge 'other', got one .* without it"):
+        bridge(joint(tiny, tiny_run, tmp_path, *short, "bridge.name=other"))
+    assert not (run_dir / "bridges" / "other").exists()
+    before = (folder / "report.json").read_bytes()
+    for name in ("bridge.safetensors", "report.json"):
+        (folder / name).unlink()
+        with pytest.raises(checkpoint.CheckpointError, match="must hold a finished bridge"):
+            load_bridge(folder)
+        bridge(joint(tiny, dense_run, tmp_path, *short))
+        assert (folder / "report.json").read_bytes() == before and load_bridge(folder)
+    with pytest.raises(ConfigError, match=r"what is trained beside its model \(bridge\), got a command"):
+        train(load_config(RunConfig, [str(run_dir / "config.yaml")]))
 
 
 @pytest.mark.parametrize(
@@ -182,6 +229,7 @@ def test_a_bridge_to_a_trained_run_leaves_it_alone_and_resumes(dense_run, tiny_r
             "sparse sites must be named once each and in forward order",
         ),
         (["bridge.topk=0.01"], "bridge.topk must keep at least one of 32 channels"),
+        (["run.compile=true"], "run.compile must be false with a bridge"),
         (["bridge.dense=null"], "bridge.dense must name the dense model, got null"),
         (["model.n_ctx=64"], "model.n_ctx must be at most the dense model's 32, got 64"),
     ],

@@ -332,6 +332,7 @@ def bridged(rotated_run, dense_run, tmp_path_factory):
         "node_masks": circuit,
         "of_components": replace(circuit, graph="component", nodes={"embed": torch.ones(1, dtype=torch.bool)}),
         "of_another": replace(circuit, nodes={"final_resid": torch.ones(5, dtype=torch.bool)}),
+        "of_other_weights": replace(circuit, settings={**settings, "model": "0123"}),
         "of_no_reads": replace(circuit, nodes=chosen(sparse, blocks__0__q=[2])),
     }
     for name, each in made.items():
@@ -401,6 +402,7 @@ def test_the_table_tells_each_node_and_a_share_that_is_not_defined(found):
         ),
         ("of_components", "dense", CircuitError, "got one of the graph 'component', whose heads and MLPs"),
         ("of_another", "dense", CircuitError, "must hold a circuit of this run's model"),
+        ("of_other_weights", "dense", CircuitError, "got one of other weights .0123.; prune again"),
         ("of_no_reads", "dense", BridgeError, "none: none of its nodes reads the residual stream"),
     ],
 )

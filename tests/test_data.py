@@ -160,6 +160,17 @@ def test_another_token_ends_documents(folder, tmp_path):
         prepare(options(folder, tmp_path / "cache", tokenizer=given))
 
 
+def test_a_tokenizer_that_cuts_or_fills_up_texts_does_neither_here(folder, tmp_path):
+    """As those do that were saved while they served batches of one length."""
+    trained = prepare(options(folder, tmp_path / "cache"))
+    tokenizer = trained.tokenizer
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4)
+    tokenizer.save(str(tmp_path / "t.json"))
+    again = prepare(options(folder, tmp_path / "cache", tokenizer=str(tmp_path / "t.json")))
+    assert again.manifest["tokens"] == trained.manifest["tokens"]
+
+
 def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path):
     with pytest.raises(DataError, match="could not read nobody/nothing: "):
         prepare(DataOptions(source="hub", hub="nobody/nothing", cache=str(tmp_path)))

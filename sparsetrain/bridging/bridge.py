@@ -119,13 +119,18 @@ def kl(wanted: Tensor, logits: Tensor) -> Tensor:
 
     Logits beyond V, which a model may have for rows that stand for no token, are left out.
     """
-    found = F.log_softmax(logits[..., : wanted.shape[-1]], -1)
+    found = _log_softmax(logits[..., : wanted.shape[-1]])
     return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
 
 
 def log_probabilities(logits: Tensor, *models: Residuals) -> Tensor:
     """Log-probabilities (B, T, V) over the V logits that all these models have."""
-    return F.log_softmax(logits[..., : min(model.vocab_size for model in models)], -1)
+    return _log_softmax(logits[..., : min(model.vocab_size for model in models)])
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In float32 at least: in bfloat16 probabilities would not add up to one."""
+    return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def spread_rows(n_rows: int, n_sites: int, shift: int, device: torch.device) -> list[Tensor]:
@@ -157,8 +162,7 @@ def bridge_losses(
     """The four losses of the bridge on a batch, each summed over sites.
 
     Args:
-        bridge: whose scales follow the sparse model's.
-        sparse, dense: the models.
+        bridge, sparse, dense: what is trained, and the models.
         tokens: (B, T).
         h_sparse: residuals (B, T, S) of the sparse model on them, through which gradients reach it.
         shift: which row takes which hybrid pass; the step's number.
@@ -169,7 +173,6 @@ def bridge_losses(
     with torch.no_grad():
         h_dense, logits = dense.run(tokens)
         wanted = log_probabilities(logits, sparse, dense)
-    bridge.follow_(h_sparse)
     rows = spread_rows(len(tokens), len(bridge.pairs), shift, tokens.device)
     nmse = {"to_sparse": [], "to_dense": []}
     to_sparse, to_dense = {}, {}

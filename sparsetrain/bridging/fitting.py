@@ -30,17 +30,26 @@ class Fitting:
         self.bridge = Bridge(pairs, sparse.width, dense.width, self.options.topk).to(device)
         self.optimizer = torch.optim.Adam(self.bridge.parameters(), lr=self.options.lr, fused=True)
         self.parts: Losses = {}  # of the last batch, detached
+        self.rows_seen = 0  # of a batch that comes in parts
 
     def losses(self, tokens: Tensor, targets: Tensor, shift: int, model: Transformer) -> Losses:
         """All losses of a batch by the names of their weights: the sparse model's own, and the bridge's four."""
         h_sparse, pretrain = residuals_and_loss(model, self.sparse.sites, tokens, targets)
+        if not self.rows_seen:  # once a step
+            self.bridge.follow_(h_sparse)
         bridged = bridge_losses(self.bridge, self.sparse, self.dense, tokens, h_sparse, shift)
         return {"pretrain": pretrain, **bridged}
 
     def loss(self, tokens: Tensor, targets: Tensor, shift: int, model: Transformer) -> Tensor:
-        """Their weighted sum, 0-d; `parts` keeps them one by one."""
-        losses = self.losses(tokens, targets, shift, model)
-        self.parts = {name: value.detach() for name, value in losses.items()}
+        """Their weighted sum, 0-d; `parts` keeps them one by one.
+
+        A batch may come in parts, until `step_` ends it: its rows take the hybrid passes that they would take at once.
+        """
+        losses = self.losses(tokens, targets, shift + self.rows_seen, model)
+        before = self.parts if self.rows_seen else dict.fromkeys(losses, 0)
+        share = len(tokens) / self.config.train.batch_size
+        self.parts = {name: before[name] + share * value.detach() for name, value in losses.items()}
+        self.rows_seen += len(tokens)
         return weigh(losses, self.options)
 
     def step_(self, progress: float) -> None:
@@ -51,6 +60,7 @@ class Fitting:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.rows_seen = 0
 
     def numbers(self) -> dict[str, float]:
         """The losses of the last batch, as they are recorded."""

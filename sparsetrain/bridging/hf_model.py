@@ -188,9 +188,12 @@ def load_hf(source: str | Path, device: str | torch.device = "cpu") -> HfModel:
 
 def _tokenizer(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exceptions
         raise BridgeError(f"{path} must be a readable tokenizer.json, got: {error}") from None
+    tokenizer.no_truncation()  # see `data.prepare`
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _check_precision(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The stage `bridge`: a sparse model trained jointly with a bridge to a dense one, or a bridge to a trained one.
 
-runs/<name>/bridges/<bridge>/{config.yaml, bridge.safetensors, report.json}
+runs/<name>/bridges/<bridge>/{config.yaml, models.json, bridge.safetensors, report.json}
 
 The state of a joint training is in the run's own checkpoints; that of a bridge to a trained model is in checkpoints/
 there, with metrics.jsonl and tensorboard/.
@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from sparsetrain.bridging.dense import OwnModel, load_dense
 from sparsetrain.bridging.fitting import Fitting
 from sparsetrain.bridging.quality import quality, worst
 from sparsetrain.bridging.regression import regress_
-from sparsetrain.bridging.residuals import Residuals
+from sparsetrain.bridging.residuals import BridgeError, Residuals
 from sparsetrain.bridging.same_tokens import same_tokens
 from sparsetrain.config import ConfigError, config_to_yaml, load_config
 from sparsetrain.data import Corpus, batch, evaluation_batches, prepare
 from sparsetrain.files import write_json, write_whole
 from sparsetrain.kernels import ops
 from sparsetrain.loop import TrainingError, run_steps
-from sparsetrain.model import Transformer
+from sparsetrain.model import Transformer, n_kept
+from sparsetrain.pruning.edges import weights_hash
 from sparsetrain.record import Recorder
 from sparsetrain.step import Training
 from sparsetrain.train import RunSteps, pick_device, refuse_changes, train
@@ -60,7 +62,7 @@ def bridge(config: BridgeConfig) -> Path:
         return _fit(config, dense, device)
     config = _with_tokenizer(config, dense)
     _check(config, dense, prepare(config.data).tokenizer)
-    folder = _begin(config)
+    folder = _begin(config, {"dense": dense})
     train(config.run_config, lambda run: _JointSteps(run, config, dense, folder))
     return folder
 
@@ -91,6 +93,9 @@ class _JointSteps(RunSteps):
     def beside(self) -> dict[str, dict[str, Tensor]]:
         return {**super().beside(), "bridge": self.fitting.tensors()}
 
+    def is_finished(self) -> bool:
+        return super().is_finished() and is_finished(self.bridge_folder)
+
     def finish(self) -> dict[str, Any]:
         return {"bridge": worst(_finish(self.fitting, self.bridge_folder, self.run.corpus))}
 
@@ -118,7 +123,8 @@ class _FitSteps:
         return x.to(self.device), y.to(self.device)
 
     def advance(self) -> Tensor:
-        loss = self.fitting.loss(*self._batch(), self.step, self.sparse.model)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bfloat16"):
+            loss = self.fitting.loss(*self._batch(), self.step, self.sparse.model)
         loss.backward()
         self.fitting.step_(self.step / self.config.train.steps)
         self.step += 1
@@ -151,20 +157,22 @@ def _load_or_regress(fitting: Fitting, tokens: np.ndarray, newest: Path | None) 
         fitting.load_(checkpoint.load_sparse(newest / "bridge.safetensors", device))
         return
     n_batches = -(-64 * max(fitting.sparse.width, fitting.dense.width) // (c.train.batch_size * c.model.n_ctx))
-    drawn = (batch(tokens, c.run.seed, i, 0, c.train.batch_size, c.model.n_ctx) for i in range(n_batches))
-    regress_(fitting.bridge, fitting.sparse, fitting.dense, (x.to(device) for x, _ in drawn))
+    sizes = c.train.batch_size, c.model.n_ctx, c.train.stride
+    drawn = (batch(tokens, c.run.seed, i, 0, *sizes)[0] for i in range(n_batches))
+    regress_(fitting.bridge, fitting.sparse, fitting.dense, (x.to(device) for x in drawn))
 
 
 def _fit(config: BridgeConfig, dense: Residuals, device: torch.device) -> Path:
     model, tokenizer, run = checkpoint.load_run(config.bridge.sparse, device)
     config = dataclasses.replace(config, data=run.data, model=run.model, sparsity=run.sparsity)
     _check(config, dense, tokenizer)
-    folder = _begin(config)
+    sparse = OwnModel(model.requires_grad_(False), tokenizer)
+    folder = _begin(config, {"dense": dense, "sparse": sparse})
     with ops.using(config.run.kernels):
-        steps = _FitSteps(config, OwnModel(model.requires_grad_(False), tokenizer), dense, device, folder)
+        steps = _FitSteps(config, sparse, dense, device, folder)
         if steps.step < config.train.steps:
             run_steps(steps, config.train, config.run.threads)
-        if not (folder / "report.json").exists():
+        if not is_finished(folder):
             _finish(steps.fitting, folder, steps.corpus)
     return folder
 
@@ -181,7 +189,11 @@ def _with_tokenizer(config: BridgeConfig, dense: Residuals) -> BridgeConfig:
 
 
 def _check(config: BridgeConfig, dense: Residuals, tokenizer: Tokenizer) -> None:
-    """Refuse, before anything is trained, a dense model with other tokens, or that is too short for a sequence."""
+    """Refuse, before anything is trained, a dense model with other tokens, or that is too short for a sequence, and
+    encoders that keep nothing."""
+    topk, width = config.bridge.topk, config.model.d_model
+    if n_kept(topk, width) < 1:
+        raise ConfigError(f"bridge.topk must keep at least one of {width} channels, got {topk}")
     with torch.device("meta"):
         sparse = OwnModel(Transformer(config.model, tokenizer.get_vocab_size()), tokenizer)
     same_tokens(sparse, dense)
@@ -190,15 +202,44 @@ def _check(config: BridgeConfig, dense: Residuals, tokenizer: Tokenizer) -> None
         raise ConfigError(f"model.n_ctx must be at most the dense model's {dense.n_ctx}, got {config.model.n_ctx}")
 
 
-def _begin(config: BridgeConfig) -> Path:
-    """The bridge's folder, with its config in it."""
+def _begin(config: BridgeConfig, models: Mapping[str, Residuals]) -> Path:
+    """The bridge's folder, with its config in it, and what tells the weights of the models that it rests on."""
     run_dir = Path(config.bridge.sparse) if config.bridge.sparse else config.run_dir
     folder = run_dir / "bridges" / config.bridge.name
     if (folder / "config.yaml").exists():
         refuse_changes(folder / "config.yaml", config)
+    elif not config.bridge.sparse and checkpoint.latest_checkpoint(run_dir):
+        raise ConfigError(
+            f"{run_dir} must be a new run, to be trained with the bridge {config.bridge.name!r}, got one that was "
+            f"trained without it; choose another run.name, or set bridge.sparse={run_dir} to bridge to it as it is"
+        )
+    check_models(folder, models)
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "models.json", {side: weights_hash(model.model) for side, model in models.items()})
     write_whole(folder / "config.yaml", config_to_yaml(config).encode())
     return folder
+
+
+def check_models(folder: Path, models: Mapping[str, Residuals]) -> None:
+    """Make sure that models, by side, have the weights that they had when a bridge was begun.
+
+    Of a sparse model that was trained with the bridge nothing is known: its weights are not those of then.
+
+    Raises:
+        BridgeError: which has others.
+    """
+    file = folder / "models.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if other := [side for side in known.keys() & models.keys() if weights_hash(models[side].model) != known[side]]:
+        raise BridgeError(
+            f"the {' and the '.join(other)} model must have the weights that it had when the bridge in {folder} was "
+            "begun, got others; bring them back, or make a new bridge"
+        )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a bridge's folder holds all that a bridge leaves."""
+    return all((folder / name).exists() for name in ("bridge.safetensors", "report.json"))
 
 
 def _short_report(fitting: Fitting, corpus: Corpus) -> dict[str, float]:
@@ -231,7 +272,7 @@ def load_bridge(folder: str | Path, device: str | torch.device = "cpu") -> tuple
         CheckpointError: there is none, or it is damaged.
     """
     folder = Path(folder)
-    if not (folder / "bridge.safetensors").exists():
+    if not is_finished(folder):
         raise checkpoint.CheckpointError(f"{folder} must hold a finished bridge, got none; see `sparsetrain bridge`")
     config = load_config(BridgeConfig, [str(folder / "config.yaml")])
     tensors = checkpoint.load_sparse(folder / "bridge.safetensors", device)

@@ -18,11 +18,12 @@ from sparsetrain.bridging.directions import Direction, transferred
 from sparsetrain.bridging.interventions import Case, measure
 from sparsetrain.bridging.residuals import BridgeError, Residuals
 from sparsetrain.bridging.same_tokens import same_tokens
-from sparsetrain.bridging.train import load_bridge
+from sparsetrain.bridging.train import check_models, is_finished, load_bridge
 from sparsetrain.config import RunConfig
 from sparsetrain.data import Corpus, batch, evaluation_batches
 from sparsetrain.files import write_json
 from sparsetrain.pruning.circuit import Circuit, CircuitError, circuit_folder, load_circuit
+from sparsetrain.pruning.edges import weights_hash
 from sparsetrain.pruning.graph import node_sites
 from sparsetrain.tasks import TaskData, TaskError, encode_task, load_task
 
@@ -51,7 +52,8 @@ def transfer(
         The file transfer.json; see `measure`.
 
     Raises:
-        BridgeError: there is no such bridge, or no node of the circuit can be transferred.
+        BridgeError: there is no such bridge, a model has other weights than it had then, or no node of the circuit can
+            be transferred.
         CircuitError: there is no such circuit, it is one of components, or of another model.
         CheckpointError, DataError, TaskError, WriteError: something cannot be read, drawn or written.
     """
@@ -62,6 +64,7 @@ def transfer(
     sparse, dense = OwnModel(model.requires_grad_(False), tokenizer), load_dense(config.bridge.dense, device)
     _check(carried, folder, sparse)
     same_tokens(sparse, dense)
+    check_models(_bridge_folder(run, bridge), {"sparse": sparse, "dense": dense})
     corpus = checkpoint.run_corpus(run, run_config)
     reference = _reference(corpus, run_config).to(device)
     found, left = transferred(carried.nodes, loaded, sparse, dense, reference)
@@ -85,7 +88,7 @@ def transfer(
 
 def _bridge_folder(run: str | Path, bridge: str) -> Path:
     bridges = Path(run) / "bridges"
-    there = sorted(folder.name for folder in bridges.glob("[!.]*") if (folder / "bridge.safetensors").exists())
+    there = sorted(folder.name for folder in bridges.glob("[!.]*") if is_finished(folder))
     if bridge not in there:
         found = ", ".join(there) or "none"
         raise BridgeError(f"--bridge must be one that is finished in {bridges}, which are {found}, got {bridge!r}")
@@ -100,6 +103,12 @@ def _check(circuit: Circuit, folder: Path, sparse: OwnModel) -> None:
         )
     if {site: len(mask) for site, mask in circuit.nodes.items()} != node_sites(sparse.model.options):
         raise CircuitError(f"{folder} must hold a circuit of this run's model, got one with other sites; prune again")
+    ours = weights_hash(sparse.model)
+    if (theirs := circuit.settings.get("model", ours)) != ours:
+        raise CircuitError(
+            f"{folder} must hold a circuit of this run's model as it is now ({ours}), got one of other weights "
+            f"({theirs}); prune again"
+        )
 
 
 def _reference(corpus: Corpus, config: RunConfig) -> Tensor:
