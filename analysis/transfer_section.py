@@ -52,7 +52,7 @@ def section(found: dict[str, Any], nodes: Sequence[str]) -> str:
     task = found["dense_model"]
     answers = " and ".join(f"<code>{html.escape(repr(a))}</code>" for a in found["answers"])
     return (
-        f'<section class="transfer"><h2>On the dense model <code>{html.escape(found["dense"])}</code>, '
+        f'<section class="transfer"><h2>On the dense model <code>{html.escape(_short(found["dense"]))}</code>, '
         f"by the bridge <code>{html.escape(found['bridge'])}</code></h2>{stale}"
         f'<p class="note">{len(found["nodes"])} of the {len(carried)} nodes that read the residual stream are carried '
         f"across; {found['n_prompts']} held-out prompts, answers mostly {answers}, compared at {found['alignment']}; "
@@ -169,3 +169,8 @@ def _left(found: dict[str, Any]) -> str:
     )
     n = len(found["not_transferable"])
     return f"<details><summary>{n} nodes not carried across</summary><ul>{rows}</ul></details>"
+
+
+def _short(dense: str) -> str:
+    """A folder by its own name alone; a name on a hub as it is."""
+    return Path(dense).name if Path(dense).is_absolute() else dense

@@ -246,3 +246,12 @@ def test_depths_and_widths_may_differ(tiny, dense_run, tmp_path):
     loaded, _ = load_bridge(folder)
     assert [(p.sparse, p.dense) for p in loaded.pairs] == [tuple(item.split("=")) for item in sites.split(",")]
     assert loaded.encoders[0].weight.shape == (48, 32)
+
+
+def test_the_dense_model_is_found_from_another_folder(tiny, dense_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(dense_run.parent)
+    config = joint(tiny, dense_run.name, tmp_path, "train.steps=2", "train.eval_every=2")
+    folder = bridge(config)
+    monkeypatch.chdir(tmp_path)
+    assert load_bridge(folder)[1].bridge.dense == str(dense_run.resolve())
+    assert bridge(joint(tiny, dense_run, tmp_path, "train.steps=2", "train.eval_every=2")) == folder

@@ -56,7 +56,7 @@ def bridge(config: BridgeConfig) -> Path:
         ConfigError: the map of sites cannot be followed, or there is a bridge with another config.
         CheckpointError, DataError, TrainingError, WriteError, Interrupted: as in `train`.
     """
-    device = pick_device(config.run.device)
+    device, config = pick_device(config.run.device), _with_whole_paths(config)
     dense = load_dense(config.bridge.dense, device)
     if config.bridge.sparse:
         return _fit(config, dense, device)
@@ -175,6 +175,13 @@ def _fit(config: BridgeConfig, dense: Residuals, device: torch.device) -> Path:
         if not is_finished(folder):
             _finish(steps.fitting, folder, steps.corpus)
     return folder
+
+
+def _with_whole_paths(config: BridgeConfig) -> BridgeConfig:
+    """The config with folders of models from the root, so that they are found from any other folder too."""
+    given = {"dense": config.bridge.dense, "sparse": config.bridge.sparse}
+    whole = {key: str(Path(name).resolve()) for key, name in given.items() if name and Path(name).is_dir()}
+    return dataclasses.replace(config, bridge=dataclasses.replace(config.bridge, **whole))
 
 
 def _with_tokenizer(config: BridgeConfig, dense: Residuals) -> BridgeConfig:
