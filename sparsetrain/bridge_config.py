@@ -19,6 +19,12 @@ class BridgeOptions:
         "name, for models of equal depth",
     )  # fmt: skip
     topk: float = option(0.25, "share of the sparse model's residual channels that an encoder keeps", "fraction", 0, 1)
+    regress_every: int = option(
+        100,
+        "steps of a joint training between regressions that set the maps anew; 0: at the start alone",
+        "steps",
+        low=0,
+    )
     lr: float = option(2e-3, "peak learning rate of the bridge's Adam, with the run's warm-up and decay", low=0)
     pretrain: float = option(1.0, "weight of the sparse model's own loss", low=0)
     nmse_to_sparse: float = option(1.0, "weight of the encoders' normalised error, summed over sites", low=0)

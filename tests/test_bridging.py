@@ -12,7 +12,7 @@ from sparsetrain.bridge_config import BridgeConfig
 from sparsetrain.bridging.bridge import Bridge, Pair, bridge_losses, kl, normalised_error, spread_rows
 from sparsetrain.bridging.dense import OwnModel
 from sparsetrain.bridging.fitting import Fitting
-from sparsetrain.bridging.quality import quality
+from sparsetrain.bridging.quality import quality, worst
 from sparsetrain.bridging.regression import regress_
 from sparsetrain.bridging.residuals import BridgeError
 from sparsetrain.bridging.train import bridge, check_models, load_bridge
@@ -154,8 +154,8 @@ def test_a_batch_in_parts_takes_the_hybrid_passes_of_the_whole(tiny, tiny_run, d
 
 
 def test_a_joint_run_resumes_bit_for_bit_and_is_an_ordinary_run(tiny, dense_run, tmp_path):
-    whole = bridge(joint(tiny, dense_run, tmp_path / "a"))
-    stopped = load_config(BridgeConfig, [*tiny, f"run.out={tmp_path}/b", f"bridge.dense={dense_run}"])
+    whole = bridge(joint(tiny, dense_run, tmp_path / "a", "bridge.regress_every=10"))
+    stopped = joint(tiny, dense_run, tmp_path / "b", "bridge.regress_every=10")
     run_dir = whole.parents[1]
     there = tmp_path / "b" / run_dir.name
     there.parent.mkdir()
@@ -175,7 +175,7 @@ def test_a_joint_run_resumes_bit_for_bit_and_is_an_ordinary_run(tiny, dense_run,
     } < logged
     assert "bridge" in json.loads((run_dir / "summary.json").read_text())
     with pytest.raises(ConfigError, match=r"another config.*\n.*bridge.kl_to_dense: 1.0 there, 2.0 now"):
-        bridge(joint(tiny, dense_run, tmp_path / "a", "bridge.kl_to_dense=2"))
+        bridge(joint(tiny, dense_run, tmp_path / "a", "bridge.regress_every=10", "bridge.kl_to_dense=2"))
 
 
 def test_a_bridge_to_a_trained_run_leaves_it_alone_and_resumes(dense_run, tiny_run, tmp_path):
@@ -255,3 +255,12 @@ def test_the_dense_model_is_found_from_another_folder(tiny, dense_run, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert load_bridge(folder)[1].bridge.dense == str(dense_run.resolve())
     assert bridge(joint(tiny, dense_run, tmp_path, "train.steps=2", "train.eval_every=2")) == folder
+
+
+def test_a_joint_run_returns_to_the_regression_now_and_then(tiny, dense_run, tmp_path):
+    explained = []
+    for every in (0, 19):  # of 20 steps
+        folder = bridge(joint(tiny, dense_run, tmp_path / str(every), f"bridge.regress_every={every}", "bridge.topk=1"))
+        explained.append(worst(json.loads((folder / "report.json").read_text())))
+    assert explained[1]["explained_to_dense"] > explained[0]["explained_to_dense"] + 0.02
+    assert explained[1]["explained_to_sparse"] > explained[0]["explained_to_sparse"] + 0.02

@@ -1,12 +1,13 @@
 """A bridge while it is trained: its losses on a batch, its optimiser, and its state in a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from sparsetrain.bridge_config import BridgeConfig
 from sparsetrain.bridging.bridge import Bridge, Losses, bridge_losses, pair_sites, weigh
+from sparsetrain.bridging.regression import regress_
 from sparsetrain.bridging.residuals import Residuals
 from sparsetrain.kernels.ops import next_token_loss
 from sparsetrain.model import Transformer, norm_and_keep
@@ -26,11 +27,21 @@ class Fitting:
 
     def __init__(self, config: BridgeConfig, sparse: Residuals, dense: Residuals, device: torch.device):
         self.config, self.options, self.sparse, self.dense = config, config.bridge, sparse, dense
+        self.device = device
         pairs = pair_sites(self.options, sparse, dense)
         self.bridge = Bridge(pairs, sparse.width, dense.width, self.options.topk).to(device)
         self.optimizer = torch.optim.Adam(self.bridge.parameters(), lr=self.options.lr, fused=True)
         self.parts: Losses = {}  # of the last batch, detached
         self.rows_seen = 0  # of a batch that comes in parts
+
+    def regress_(self, batches: Iterable[Tensor]) -> None:
+        """Set the maps by ridge regression on batches of tokens (B, T), and forget Adam's moments of them.
+
+        Raises:
+            BridgeError: a residual of the dense model is not finite.
+        """
+        regress_(self.bridge, self.sparse, self.dense, batches)
+        self.optimizer.state.clear()
 
     def losses(self, tokens: Tensor, targets: Tensor, shift: int, model: Transformer) -> Losses:
         """All losses of a batch by the names of their weights: the sparse model's own, and the bridge's four."""

@@ -25,7 +25,6 @@ from sparsetrain.bridging.bridge import Bridge, Pair, pair_sites
 from sparsetrain.bridging.dense import OwnModel, load_dense
 from sparsetrain.bridging.fitting import Fitting
 from sparsetrain.bridging.quality import quality, worst
-from sparsetrain.bridging.regression import regress_
 from sparsetrain.bridging.residuals import BridgeError, Residuals
 from sparsetrain.bridging.same_tokens import same_tokens
 from sparsetrain.config import ConfigError, config_to_yaml, load_config
@@ -79,6 +78,9 @@ class _JointSteps(RunSteps):
         _load_or_regress(self.fitting, self.tokens, checkpoint.latest_checkpoint(run.config.run_dir))
 
     def advance(self) -> Tensor:
+        every = self.fitting.options.regress_every
+        if every and self.step and self.step % every == 0:
+            _regress(self.fitting, self.tokens, self.step)
         progress = self.step / self.run.config.train.steps
         loss = super().advance()
         self.fitting.step_(progress)
@@ -151,15 +153,20 @@ class _FitSteps:
 
 
 def _load_or_regress(fitting: Fitting, tokens: np.ndarray, newest: Path | None) -> None:
-    """Go on from a checkpoint, or begin with a regression on training text, 64 tokens for each channel."""
-    c, device = fitting.config, fitting.bridge.mean.device
+    """Go on from a checkpoint, or begin with a regression."""
     if newest:
-        fitting.load_(checkpoint.load_sparse(newest / "bridge.safetensors", device))
-        return
+        fitting.load_(checkpoint.load_sparse(newest / "bridge.safetensors", fitting.device))
+    else:
+        _regress(fitting, tokens, 0)
+
+
+def _regress(fitting: Fitting, tokens: np.ndarray, step: int) -> None:
+    """Begin with the maps anew: a regression on training text, 64 tokens for each channel, from a step's batch on."""
+    c = fitting.config
     n_batches = -(-64 * max(fitting.sparse.width, fitting.dense.width) // (c.train.batch_size * c.model.n_ctx))
     sizes = c.train.batch_size, c.model.n_ctx, c.train.stride
-    drawn = (batch(tokens, c.run.seed, i, 0, *sizes)[0] for i in range(n_batches))
-    regress_(fitting.bridge, fitting.sparse, fitting.dense, (x.to(device) for x in drawn))
+    drawn = (batch(tokens, c.run.seed, step + i, 0, *sizes)[0] for i in range(n_batches))
+    fitting.regress_(x.to(fitting.device) for x in drawn)
 
 
 def _fit(config: BridgeConfig, dense: Residuals, device: torch.device) -> Path:
@@ -256,7 +263,7 @@ def _short_report(fitting: Fitting, corpus: Corpus) -> dict[str, float]:
 
 
 def _quality(fitting: Fitting, corpus: Corpus, n_batches: int) -> dict[str, Any]:
-    c, device = fitting.config, fitting.bridge.mean.device
+    c, device = fitting.config, fitting.device
     batches = evaluation_batches(corpus.tokens("val"), n_batches, c.train.batch_size, c.model.n_ctx, c.train.stride)
     there = ((x.to(device), y.to(device)) for x, y in batches)
     return quality(fitting.bridge, fitting.sparse, fitting.dense, there)
