@@ -4,6 +4,7 @@ Those of a search for a circuit live in `prune_config.py`, declared and read in 
 """
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -307,7 +308,7 @@ def read_item(item: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is neither a YAML file that can be read nor an override.
     """
-    return _override(item) if "=" in item and not Path(item).is_file() else _yaml_leaves(Path(item))
+    return _override(item) if "=" in item and not os.path.isfile(item) else _yaml_leaves(Path(item))  # may be too long
 
 
 def _override(item: str) -> dict[str, Any]:

@@ -99,3 +99,8 @@ def test_a_file_whose_path_has_an_equals_sign_is_a_file(tmp_path):
     file.parent.mkdir()
     file.write_text("run: {seed: 7}")
     assert load_config(RunConfig, [str(file)]).run.seed == 7
+
+
+def test_an_override_may_be_longer_than_a_path_can_be():
+    paths = [f"folder/{i}.py" for i in range(1000)]
+    assert load_config(RunConfig, [f"data.paths=[{','.join(paths)}]"]).data.paths == paths
