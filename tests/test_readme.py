@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def test_the_commands_run(place):
-    commands = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     ours = [c[1:] for c in commands if c and c[0] == "sparsetrain"]
     assert len(ours) >= 4
     for arguments in ours:

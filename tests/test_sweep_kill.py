@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 from sparsetrain.sweeping.run import sweep
 from sparsetrain.sweeping.sweep_config import load_sweep
@@ -32,7 +33,8 @@ def killed(arguments: list[str], folder, seconds: float, all_at_once: bool) -> N
         time.sleep(0.05)
     time.sleep(seconds)
     for pid in family(victim.pid) if victim.poll() is None and all_at_once else [victim.pid]:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may have ended by itself since it was looked for
+            os.kill(pid, signal.SIGKILL)
     victim.wait()
 
 
