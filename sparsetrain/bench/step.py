@@ -1,14 +1,12 @@
 """Times whole training steps side by side: ours, the paper's recipe as it was released, and dense transformers."""
 
 import json
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from sparsetrain import memory
+from sparsetrain import machine, memory
 from sparsetrain.bench.timing import copy_seconds, multiply_adds_per_second
 from sparsetrain.config import (
     AbsTopKOptions,
@@ -284,14 +282,7 @@ def _main(arm: str, width: str, layers: str, density: str, batch_size: str, thre
     run = build(config, corpus, torch.device("cpu"))
     for _ in range(2):
         _step(run, corpus)
-    print(_most_resident())
-
-
-def _most_resident() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says would include the process that started this one
-        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(machine.peak_bytes(torch.device("cpu")))
 
 
 if __name__ == "__main__":
