@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from sparsetrain.bench import command as bench
@@ -14,6 +15,7 @@ from sparsetrain.sweeping.sweep_config import VARIED, SweepOptions, load_sweep
 
 KEYS = "\nkeys, given as key=value or in a YAML file, with their defaults:\n"
 PROBING_KEYS = "\n\nkeys of --method probing, which takes these in place of the ones above:\n"
+Add = Callable[..., argparse.ArgumentParser]  # a command by name, function, summary, and its keys
 METHODS = ("node_masks", "attribution", "edge_masks", "topk_masks", "acdc", "probing")
 
 
@@ -59,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(command=command)
         return made
 
+    for group in (_of_training, _of_models, _of_circuits, _of_sweeps_and_benchmarks):
+        group(add)
+    return parser
+
+
+def _of_training(add: Add) -> None:
     for name, command, summary, keys in (
         ("train", _train, "Train a model from a config, or go on with a run that was stopped.", RunConfig),
         ("prepare", _prepare, "Read and tokenize the corpus of a config, without training.", RunConfig),
@@ -68,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("config", nargs="*", metavar="FILE.yaml | key=value")
         made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
+
+def _of_models(add: Add) -> None:
     made = add("import", _import, "Make a run directory of a GPT-2 model of Hugging Face, to prune it.")
     made.add_argument(
         "source",
@@ -85,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--start", default="\n", help="text that every sample begins with (default: a line's end)")
     made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
 
+
+def _of_circuits(add: Add) -> None:
     made = add("tasks", _tasks, "Print, for every task, how well a run's full model does it on held-out prompts.")
     made.add_argument("run", help="a run directory")
     made.add_argument("--pairs", type=int, default=64, help="prompt pairs per task (default 64)")
@@ -105,12 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--over-training", action="store_true", help="prune every kept checkpoint; draw when it forms")
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
 
-    made = add("sweep", _sweep, "Train, prune and measure every combination of a config; goes on where it was stopped.")
-    made.epilog = VARIED + "\n" + KEYS + describe_keys(SweepOptions)
-    made.add_argument("config", nargs="+", metavar="FILE.yaml | key=value")
-    made.add_argument("--plan", action="store_true", help="print the points, their time and memory, and stop")
-    made.add_argument("--retry", action="store_true", help="run again what failed")
-
     made = add("overlap", _overlap, "Print how much circuits have in common: what is in both over what is in either.")
     made.add_argument("circuits", nargs="+", help="folders of circuits of one graph, of several tasks or seeds, say")
 
@@ -120,19 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--circuit", nargs="+", help="these alone, by their folders' names")
     made.add_argument("--export", metavar="FOLDER", help="write a run whose weights are in the order of places")
 
-    made = add(
-        "bench",
-        bench.command,
-        "Check and time the kernels, or whole training steps, or compare training rules.",
-    )
-    bench.add_arguments(made)
-
     for name, command, summary in (
-        (
-            "transfer",
-            _transfer,
-            "Carry a circuit across a bridge: steer and ablate the dense model along it.",
-        ),
+        ("transfer", _transfer, "Carry a circuit across a bridge: steer and ablate the dense model along it."),
         ("page", _page, "Write the page of a circuit again, from what the run directory holds."),
     ):
         made = add(name, command, summary)
@@ -142,7 +137,21 @@ def _parser() -> argparse.ArgumentParser:
         if name == "transfer":
             made.add_argument("--bridge", default="dense", help="its folder's name under bridges/ (default dense)")
             made.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    return parser
+
+
+def _of_sweeps_and_benchmarks(add: Add) -> None:
+    made = add("sweep", _sweep, "Train, prune and measure every combination of a config; goes on where it was stopped.")
+    made.epilog = VARIED + "\n" + KEYS + describe_keys(SweepOptions)
+    made.add_argument("config", nargs="+", metavar="FILE.yaml | key=value")
+    made.add_argument("--plan", action="store_true", help="print the points, their time and memory, and stop")
+    made.add_argument("--retry", action="store_true", help="run again what failed")
+
+    made = add(
+        "bench",
+        bench.command,
+        "Check and time the kernels, or whole training steps, or compare training rules.",
+    )
+    bench.add_arguments(made)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
@@ -261,6 +270,7 @@ def _prune(options: argparse.Namespace) -> None:
         return _over_training(options, config)
     from sparsetrain.analysis.circuit_page import write_page
     from sparsetrain.analysis.readings import cautions
+    from sparsetrain.pruning.circuit import describe
     from sparsetrain.pruning.prune import Unreached, prune
 
     found = prune(options.run, options.task, config, options.method, _device(options))
@@ -270,7 +280,7 @@ def _prune(options: argparse.Namespace) -> None:
         )
         return
     folder = Path(options.run) / "circuits" / found.task / (config.name or found.method)
-    print(_measures_table(found))
+    print(describe(found))
     for caution in cautions(found.measures):
         print(f"  - {caution}")
     print(f"page: {write_page(options.run, folder)}")
@@ -364,46 +374,6 @@ def _page(options: argparse.Namespace) -> None:
     from sparsetrain.pruning.circuit import circuit_folder
 
     print(write_page(options.run, circuit_folder(options.run, options.task, options.circuit)))
-
-
-def _measures_table(circuit) -> str:
-    m = circuit.measures
-    cost = circuit.settings["cost"]
-    memory = "memory not known" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 2**30:.1f} GiB at most"
-    rows = [
-        ("circuit", f"{m['n_nodes']} nodes, {m['n_edges']} edges"),
-        ("found in", f"{cost['seconds']:.0f} s, {memory}, model and Python with it"),
-        (
-            "its held-out task loss",
-            f"{m['task_loss']:.3f} +- {m['task_loss_se']:.3f}   (target {m['target_loss']}, chance 0.693)",
-        ),
-        ("its accuracy", f"{m['task_accuracy']:.1%} of {m['n_prompts']} prompts"),
-        (
-            "full model's task loss",
-            f"{m['full_model_loss']:.3f}   (calibrated alike {m['full_model_loss_calibrated']:.3f})",
-        ),
-        ("KL to the full model", f"{m['kl']:.3f} nats"),
-        (
-            "its logit difference",
-            f"{m['logit_difference']:.3f}   (full model {m['full_model_logit_difference']:.3f}; faithfulness "
-            f"{'not defined' if m['faithfulness'] is None else format(m['faithfulness'], '.2f')})",
-        ),
-        ("loss with the circuit ablated", f"{m['completeness_loss']:.3f}"),
-        (
-            f"loss with random {m['units']} ablated",
-            f"{m['random_ablation_loss']:.3f} +- {m['random_ablation_loss_std']:.3f}   (as many in each place)",
-        ),
-    ]
-    if control := m.get("nonsense"):
-        loss = f"loss {control['task_loss']:.3f}" if control["reached"] else "target not reached"
-        rows.append(("nonsense control", f"{control['n_nodes']} nodes, {control['n_edges']} edges, {loss}"))
-    if found := m.get("alternatives"):
-        more = "" if found["complete"] else " at least"
-        told = f"{found['n']}{more}, with {found['n_needed']} edges in all of them"
-        rows.append(("minimal circuits near it", told if found["n"] else "not known; raise alternative_runs"))
-    if m.get("curve"):
-        rows.append(("areas of its ranking (MIB)", f"CPR {m['curve']['cpr']:.3f}, CMD {m['curve']['cmd']:.3f}"))
-    return "\n".join([f"circuit of {circuit.task}", *(f"  {name:32} {value}" for name, value in rows)])
 
 
 if __name__ == "__main__":

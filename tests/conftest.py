@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 MODULES = ("argparse", "ast", "calendar", "csv", "dataclasses", "inspect", "pickle", "shutil", "textwrap", "typing")
+QUIET = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 TINY = (
     "run.threads=1", "data.source=text", "data.vocab_size=400", "data.val_fraction=0.2", "model.n_layers=2",
     "model.d_model=32", "model.d_head=8", "model.n_ctx=32", "sparsity.density=0.25", "optim.lr=0.02",
@@ -34,6 +39,41 @@ DENSE = [
     "model.bigram=false", "sparsity.density=1", "optim.lr=0.01",
     *(f"model.abs_topk.{site}=1" for site in ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")),
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(executable_path=chromium, args=QUIET)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """A function that opens a page from its file; whatever the page asks for or complains about fails the test."""
+    opened, wrong = [], []
+
+    def open_file(file: Path, ready: str = "body[data-ready=yes]", width: int = 1200):
+        tab = browser.new_page(viewport={"width": width, "height": 900})
+        opened.append(tab)
+        address = file.as_uri()
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        tab.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
+        tab.on("request", lambda asked: wrong.append(asked.url) if not asked.url.startswith(address) else None)
+        tab.goto(address)
+        tab.wait_for_selector(ready)
+        return tab
+
+    yield open_file
+    assert wrong == []
+    for tab in opened:
+        tab.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -29,11 +28,6 @@ from sparsetrain.pruning.graph import kept_edges, node_sites, without_dangling
 from sparsetrain.tasks import encode_task, load_task
 
 SITES = ["embed", *node_sites(ModelOptions(n_layers=2, d_model=32, d_head=8)), "logits"]
-CHROMIUM = shutil.which("chromium")
-QUIET = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 MEASURES = {
     "task_loss": 0.2, "task_accuracy": 0.9, "task_loss_uncalibrated": 0.5, "n_nodes": 40, "n_edges": 80, "kl": 0.5,
     "agreement": 0.95, "completeness_loss": 1.1, "random_ablation_loss": 0.12, "random_ablation_loss_std": 0.02,
@@ -325,31 +319,9 @@ def test_a_circuit_without_nodes_has_a_page(folder, tiny_run, tmp_path):
     assert block(tmp_path / "empty", "page-data")["nodes"] == []
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield running
-        running.close()
-
-
 @pytest.fixture
-def page(browser, folder):
-    """The page, opened from its file; whatever it asks for or complains about fails the test."""
-    opened = browser.new_page(viewport={"width": 1400, "height": 900})
-    wrong: list[str] = []
-    address = (folder / "circuit.html").as_uri()
-    opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
-    opened.on("request", lambda asked: wrong.append(asked.url) if not asked.url.startswith(address) else None)
-    opened.goto(address)
-    opened.wait_for_selector("body[data-ready=yes]")
-    yield opened
-    assert wrong == []
-    opened.close()
+def page(open_page, folder):
+    return open_page(folder / "circuit.html", width=1400)
 
 
 def click_node(page, name: str) -> None:

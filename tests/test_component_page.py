@@ -1,7 +1,6 @@
 """The page of heads and MLPs: what it says without a browser, and that it draws and answers in one."""
 
 import re
-import shutil
 
 import pytest
 import torch
@@ -15,8 +14,6 @@ from sparsetrain.pruning.component_graph import ComponentGraph
 from sparsetrain.pruning.evaluate import Calibration
 from sparsetrain.pruning.space import EdgeSpace
 from sparsetrain.tasks import encode_task, load_task
-
-CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
@@ -69,24 +66,14 @@ def test_attention_is_that_of_the_model(tiny_run):
     assert (weights.sum(-1) <= 1 + 1e-6).all()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_the_page_draws_and_answers_offline(page):
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM)
-        tab = browser.new_page(viewport={"width": 1200, "height": 900})
-        problems: list[str] = []
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.route("http*://**", lambda route: (problems.append(route.request.url), route.abort()))
-        tab.goto(page.as_uri())
-        tab.wait_for_selector("body[data-ready=yes]")
-        assert tab.locator("#picture canvas").count() >= 1
-        edges = "Bokeh.documents[0].get_model_by_name('edges').data.alpha"
-        before = tab.evaluate(f"[...{edges}]")
-        tab.evaluate("Bokeh.documents[0].get_model_by_name('nodes').selected.indices = [0]")
-        after = tab.evaluate(f"[...{edges}]")
-        assert after != before and min(after) < 0.1, "the edges of other components fade"
-        tab.evaluate("Bokeh.documents[0].get_model_by_name('nodes').selected.indices = []")
-        assert tab.evaluate(f"[...{edges}]") == before
-        assert problems == []
-        browser.close()
+@pytest.mark.browser
+def test_the_page_draws_and_answers_offline(page, open_page):
+    tab = open_page(page)
+    assert tab.locator("#picture canvas").count() >= 1
+    edges = "Bokeh.documents[0].get_model_by_name('edges').data.alpha"
+    before = tab.evaluate(f"[...{edges}]")
+    tab.evaluate("Bokeh.documents[0].get_model_by_name('nodes').selected.indices = [0]")
+    after = tab.evaluate(f"[...{edges}]")
+    assert after != before and min(after) < 0.1, "the edges of other components fade"
+    tab.evaluate("Bokeh.documents[0].get_model_by_name('nodes').selected.indices = []")
+    assert tab.evaluate(f"[...{edges}]") == before

@@ -22,8 +22,6 @@ from sparsetrain.pruning.circuit import Circuit, CircuitError, list_edges, save_
 from sparsetrain.pruning.evaluate import Calibration
 from sparsetrain.pruning.graph import kept_edges, node_sites, without_dangling
 
-CHROMIUM = shutil.which("chromium")
-QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 MEASURES = {"task_loss": 0.1, "logit_difference": 1.5, "full_model_logit_difference": 4.0}
 
 
@@ -158,27 +156,9 @@ HOVER = """() => {
 }"""  # where a node is drawn
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield running
-        running.close()
-
-
 @pytest.mark.browser
-def test_the_page_draws_offline_and_lights_up_a_circuit(run, found, browser):
-    page = browser.new_page(viewport={"width": 1300, "height": 900})
-    wrong: list[str] = []
-    address = (run / "locality" / "sheet.html").as_uri()
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
-    page.on("request", lambda asked: wrong.append(asked.url) if not asked.url.startswith(address) else None)
-    page.goto(address)
-    page.wait_for_selector("body[data-ready=yes]")
+def test_the_page_draws_offline_and_lights_up_a_circuit(run, found, open_page):
+    page = open_page(run / "locality" / "sheet.html", width=1300)
     model = lambda name: f"Bokeh.documents[0].get_model_by_name('{name}')"  # noqa: E731
     assert page.locator("#picture canvas").count() >= 3
     wires = page.evaluate(f"{model('wires')}.data.opacity.length")
@@ -200,5 +180,3 @@ def test_the_page_draws_offline_and_lights_up_a_circuit(run, found, browser):
     page.evaluate(f"{model('share')}.value = 10")
     assert page.evaluate(f"{model('wires_shown')}.indices.length") == pytest.approx(wires / 10, abs=1)
     assert page.locator("#circuits tbody tr").count() == 2
-    assert wrong == []
-    page.close()

@@ -14,7 +14,6 @@ from sparsetrain.pruning.circuit import Circuit, save_circuit
 from sparsetrain.pruning.evaluate import Calibration
 from sparsetrain.pruning.graph import full
 
-CHROMIUM = shutil.which("chromium")
 NODES = ["blocks.0.attn_in:3", "blocks.1.mlp_in:1", "final_resid:9"]
 
 
@@ -109,19 +108,9 @@ def page(found, tiny_run, tmp_path):
     return write_page(run, folder)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_the_page_shows_the_section_offline(page):
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM)
-        tab = browser.new_page(viewport={"width": 1200, "height": 900})
-        problems: list[str] = []
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.route("http*://**", lambda route: (problems.append(route.request.url), route.abort()))
-        tab.goto(page.as_uri())
-        tab.wait_for_selector(".transfer svg polyline")
-        boxes = [chart.bounding_box() for chart in tab.locator(".transfer svg").all()]
-        assert len(boxes) == 6 and all(box["width"] > 200 and box["height"] > 100 for box in boxes)
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 1200
-        assert problems == []
-        browser.close()
+@pytest.mark.browser
+def test_the_page_shows_the_section_offline(page, open_page):
+    tab = open_page(page, ".transfer svg polyline")
+    boxes = [chart.bounding_box() for chart in tab.locator(".transfer svg").all()]
+    assert len(boxes) == 6 and all(box["width"] > 200 and box["height"] > 100 for box in boxes)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 1200

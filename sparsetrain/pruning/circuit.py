@@ -247,3 +247,44 @@ def _node_name(graph: str, site: str, i: int, n: int) -> str:
         return "logits"
     _, l, kind = site.split(".")
     return f"m{l}" if kind == "mlp" else f"a{l}.h{i}"
+
+
+def describe(circuit: Circuit) -> str:
+    """A circuit's measures as a table."""
+    m = circuit.measures
+    cost = circuit.settings["cost"]
+    memory = "memory not known" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 2**30:.1f} GiB at most"
+    rows = [
+        ("circuit", f"{m['n_nodes']} nodes, {m['n_edges']} edges"),
+        ("found in", f"{cost['seconds']:.0f} s, {memory}, model and Python with it"),
+        (
+            "its held-out task loss",
+            f"{m['task_loss']:.3f} +- {m['task_loss_se']:.3f}   (target {m['target_loss']}, chance 0.693)",
+        ),
+        ("its accuracy", f"{m['task_accuracy']:.1%} of {m['n_prompts']} prompts"),
+        (
+            "full model's task loss",
+            f"{m['full_model_loss']:.3f}   (calibrated alike {m['full_model_loss_calibrated']:.3f})",
+        ),
+        ("KL to the full model", f"{m['kl']:.3f} nats"),
+        (
+            "its logit difference",
+            f"{m['logit_difference']:.3f}   (full model {m['full_model_logit_difference']:.3f}; faithfulness "
+            f"{'not defined' if m['faithfulness'] is None else format(m['faithfulness'], '.2f')})",
+        ),
+        ("loss with the circuit ablated", f"{m['completeness_loss']:.3f}"),
+        (
+            f"loss with random {m['units']} ablated",
+            f"{m['random_ablation_loss']:.3f} +- {m['random_ablation_loss_std']:.3f}   (as many in each place)",
+        ),
+    ]
+    if control := m.get("nonsense"):
+        loss = f"loss {control['task_loss']:.3f}" if control["reached"] else "target not reached"
+        rows.append(("nonsense control", f"{control['n_nodes']} nodes, {control['n_edges']} edges, {loss}"))
+    if found := m.get("alternatives"):
+        more = "" if found["complete"] else " at least"
+        told = f"{found['n']}{more}, with {found['n_needed']} edges in all of them"
+        rows.append(("minimal circuits near it", told if found["n"] else "not known; raise alternative_runs"))
+    if m.get("curve"):
+        rows.append(("areas of its ranking (MIB)", f"CPR {m['curve']['cpr']:.3f}, CMD {m['curve']['cmd']:.3f}"))
+    return "\n".join([f"circuit of {circuit.task}", *(f"  {name:32} {value}" for name, value in rows)])

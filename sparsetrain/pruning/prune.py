@@ -8,10 +8,11 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ from sparsetrain.pruning.mib import mib_json
 from sparsetrain.pruning.objective import FLAT, METRICS, Extremes, refuse_flat
 from sparsetrain.pruning.space import EdgeSpace, NodeSpace, Space, Unit, Units, n_units
 from sparsetrain.tasks import TaskData, encode_task, load_task
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -146,11 +149,7 @@ def prune(
     unfinished = folder.with_name(f".{folder.name}-unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     problem = Problem(space, train, ablation, config, unfinished)
-    known = reset_peak(torch.device(device))
-    started = time.perf_counter()
-    cut, ranking, used = find(problem, METHODS[method])
-    peak = peak_bytes(torch.device(device)) if known else None
-    cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak}
+    (cut, ranking, used), cost = _at_cost(torch.device(device), lambda: find(problem, METHODS[method]))
     if not cut.reached:
         answer = _unreached(chosen.name, folder, problem, heldout, cut)
         shutil.rmtree(unfinished)
@@ -176,6 +175,17 @@ def prune(
     if at is None:
         _summarise(run, {"task": circuit.task, "method": method, **circuit.measures})
     return circuit
+
+
+def _at_cost(device: torch.device, search: Callable[[], T]) -> tuple[T, dict[str, float | None]]:
+    """What a search finds, with its seconds, and the most memory of the process in that time where that can be told."""
+    known = reset_peak(device)
+    started = time.perf_counter()
+    found = search()
+    return found, {
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": peak_bytes(device) if known else None,
+    }
 
 
 def _refuse(run: Path, config: PruneConfig, method: str) -> None:
