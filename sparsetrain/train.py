@@ -108,7 +108,7 @@ class RunSteps:
     def refuse_broken(self) -> None:
         """A checkpoint must not replace a good one if training cannot go on from it: look at the next step's loss."""
         c = self.run.config
-        loss = loss_under(self.run, self.run.model.loss, *self.batch(c.train.batch_size // c.train.accumulate)).item()
+        loss = loss_under(c, self.run.model.loss, *self.batch(c.train.batch_size // c.train.accumulate)).item()
         if not math.isfinite(loss) or not all(bool(p.isfinite().all()) for p in self.run.model.parameters()):
             raise self.broken(f"the loss became {loss}", self.step + 1)
 

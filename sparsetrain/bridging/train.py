@@ -35,7 +35,7 @@ from sparsetrain.loop import TrainingError, run_steps
 from sparsetrain.model import Transformer, n_kept
 from sparsetrain.pruning.edges import weights_hash
 from sparsetrain.record import Recorder
-from sparsetrain.step import Training
+from sparsetrain.step import Training, add_gradients_
 from sparsetrain.train import RunSteps, pick_device, refuse_changes, train
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class _JointSteps(RunSteps):
         return {"bridge": worst(_finish(self.fitting, self.bridge_folder, self.run.corpus))}
 
 
-class _FitSteps:
+class FitSteps:
     """A bridge to a sparse model that is trained already and stays as it is (`loop.Steps`)."""
 
     def __init__(self, config: BridgeConfig, sparse: OwnModel, dense: Residuals, device: torch.device, folder: Path):
@@ -125,12 +125,12 @@ class _FitSteps:
         return x.to(self.device), y.to(self.device)
 
     def advance(self) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bfloat16"):
-            loss = self.fitting.loss(*self._batch(), self.step, self.sparse.model)
-        loss.backward()
+        loss = add_gradients_(
+            self.config, lambda x, y: self.fitting.loss(x, y, self.step, self.sparse.model), *self._batch()
+        )
         self.fitting.step_(self.step / self.config.train.steps)
         self.step += 1
-        return loss.detach()
+        return loss
 
     def numbers(self, loss: float) -> dict[str, float]:
         return {"loss/train": loss, **self.fitting.numbers()}
@@ -165,8 +165,8 @@ def _regress(fitting: Fitting, tokens: np.ndarray, step: int) -> None:
     c = fitting.config
     n_batches = -(-64 * max(fitting.sparse.width, fitting.dense.width) // (c.train.batch_size * c.model.n_ctx))
     sizes = c.train.batch_size, c.model.n_ctx, c.train.stride
-    drawn = (batch(tokens, c.run.seed, step + i, 0, *sizes)[0] for i in range(n_batches))
-    fitting.regress_(x.to(fitting.device) for x in drawn)
+    drawn = [batch(tokens, c.run.seed, step + i, 0, *sizes)[0] for i in range(n_batches)]
+    fitting.regress_([x.to(fitting.device) for x in drawn])
 
 
 def _fit(config: BridgeConfig, dense: Residuals, device: torch.device) -> Path:
@@ -176,7 +176,7 @@ def _fit(config: BridgeConfig, dense: Residuals, device: torch.device) -> Path:
     sparse = OwnModel(model.requires_grad_(False), tokenizer)
     folder = _begin(config, {"dense": dense, "sparse": sparse})
     with ops.using(config.run.kernels):
-        steps = _FitSteps(config, sparse, dense, device, folder)
+        steps = FitSteps(config, sparse, dense, device, folder)
         if steps.step < config.train.steps:
             run_steps(steps, config.train, config.run.threads)
         if not is_finished(folder):
