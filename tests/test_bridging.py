@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,6 +258,50 @@ def test_the_dense_model_is_found_from_another_folder(tiny, dense_run, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert load_bridge(folder)[1].bridge.dense == str(dense_run.resolve())
     assert bridge(joint(tiny, dense_run, tmp_path, "train.steps=2", "train.eval_every=2")) == folder
+
+
+def test_a_joint_run_goes_on_from_another_folder_and_with_another_cache(tiny, dense_run, tmp_path, monkeypatch):
+    """Folders that the first command named from where it was; what is there counts, not what it is called from here."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    short = [f"bridge.dense={dense_run}", f"run.out={tmp_path}/runs", "train.steps=4", "train.checkpoint_every=2"]
+    monkeypatch.chdir(tmp_path / "here")
+    folder = bridge(load_config(BridgeConfig, [*tiny, *short, "data.cache=first"]))
+    run = folder.parents[1]
+    before = load_bridge(folder)[0].state_dict()
+    monkeypatch.chdir(tmp_path / "there")
+    config = checkpoint.load_run(run)[2]
+    assert Path(config.data.tokenizer).is_file()  # as prune and transfer read it
+    assert len(checkpoint.run_corpus(run, config).tokens("val"))
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "step_00000004")
+    (folder / "bridge.safetensors").unlink()
+    assert bridge(load_config(BridgeConfig, [*tiny, *short, "data.cache=second"])) == folder
+    after = load_bridge(folder)[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    other = tmp_path / "other.json"
+    other.write_text((run / "tokenizer.json").read_text().replace("print", "tnirp"))
+    with pytest.raises(ConfigError, match="another config.*\n.*data.tokenizer: "):
+        bridge(load_config(BridgeConfig, [*tiny, *short, f"data.tokenizer={other}"]))
+
+
+def test_a_run_whose_tokenizer_was_moved_is_read_with_its_own(tiny, tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "t.json").write_bytes((tiny_run / "tokenizer.json").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    small = ["data.tokenizer=t.json", "run.name=moved", "train.steps=2", f"run.out={tmp_path}"]
+    run = train(load_config(RunConfig, [*tiny, *small]))
+    config = checkpoint.load_run(run)[2]
+    there = checkpoint.run_corpus(run, config)
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    again = checkpoint.run_corpus(run, config)
+    assert again.tokens("val").tolist() == there.tokens("val").tolist()
+
+
+def test_a_fit_reads_its_corpus_in_the_cache_that_it_is_given(dense_run, tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    bridge(fit(tmp_path / "run", dense_run, "train.steps=1", f"data.cache={tmp_path / 'cache'}"))
+    assert list((tmp_path / "cache").glob("text-*/manifest.json"))
 
 
 def test_a_joint_run_returns_to_the_regression_now_and_then(tiny, dense_run, tmp_path):

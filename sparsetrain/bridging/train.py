@@ -27,7 +27,7 @@ from sparsetrain.bridging.fitting import Fitting
 from sparsetrain.bridging.quality import quality, worst
 from sparsetrain.bridging.residuals import BridgeError, Residuals
 from sparsetrain.bridging.same_tokens import same_tokens
-from sparsetrain.config import ConfigError, config_to_yaml, load_config
+from sparsetrain.config import ConfigError, DataOptions, config_to_yaml, load_config
 from sparsetrain.data import Corpus, batch, evaluation_batches, prepare
 from sparsetrain.files import write_json, write_whole
 from sparsetrain.kernels import ops
@@ -171,7 +171,9 @@ def _regress(fitting: Fitting, tokens: np.ndarray, step: int) -> None:
 
 def _fit(config: BridgeConfig, dense: Residuals, device: torch.device) -> Path:
     model, tokenizer, run = checkpoint.load_run(config.bridge.sparse, device)
-    config = dataclasses.replace(config, data=run.data, model=run.model, sparsity=run.sparsity)
+    cache = run.data.cache if config.data.cache == DataOptions().cache else config.data.cache
+    data = dataclasses.replace(run.data, cache=cache)
+    config = dataclasses.replace(config, data=data, model=run.model, sparsity=run.sparsity)
     _check(config, dense, tokenizer)
     sparse = OwnModel(model.requires_grad_(False), tokenizer)
     folder = _begin(config, {"dense": dense, "sparse": sparse})
@@ -185,10 +187,15 @@ def _fit(config: BridgeConfig, dense: Residuals, device: torch.device) -> Path:
 
 
 def _with_whole_paths(config: BridgeConfig) -> BridgeConfig:
-    """The config with folders of models from the root, so that they are found from any other folder too."""
+    """The config with models and tokenizer from the root, so that they are found from any other folder too."""
     given = {"dense": config.bridge.dense, "sparse": config.bridge.sparse}
     whole = {key: str(Path(name).resolve()) for key, name in given.items() if name and Path(name).is_dir()}
-    return dataclasses.replace(config, bridge=dataclasses.replace(config.bridge, **whole))
+    config = dataclasses.replace(config, bridge=dataclasses.replace(config.bridge, **whole))
+    return _with_given_tokenizer(config, Path(config.data.tokenizer)) if config.data.tokenizer else config
+
+
+def _with_given_tokenizer(config: BridgeConfig, file: Path) -> BridgeConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(file.resolve())))
 
 
 def _with_tokenizer(config: BridgeConfig, dense: Residuals) -> BridgeConfig:
@@ -199,7 +206,7 @@ def _with_tokenizer(config: BridgeConfig, dense: Residuals) -> BridgeConfig:
     file = Path(config.data.cache) / f"tokenizer-{hashlib.sha256(text).hexdigest()[:12]}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, text)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(file)))
+    return _with_given_tokenizer(config, file)
 
 
 def _check(config: BridgeConfig, dense: Residuals, tokenizer: Tokenizer) -> None:
