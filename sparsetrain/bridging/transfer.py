@@ -72,8 +72,8 @@ def transfer(
         why = next(iter(left.values()), "none of its nodes reads the residual stream")
         raise BridgeError(f"the circuit in {folder} must have a node that can be carried across, got none: {why}")
     seed = carried.settings["prune"]["seed"]
-    heldout, train, everywhere = _task_data(carried, sparse, n_pairs, seed, device)
-    case = _case(sparse, dense, found, (heldout, train, everywhere), reference, corpus, run_config, n_random, seed)
+    heldout, train = _task_data(carried, sparse, n_pairs, seed, device)
+    case = _case(sparse, dense, found, (heldout, train), reference, corpus, run_config, n_random, seed)
     facts = {
         "format": FORMAT, "task": carried.task, "circuit": circuit, "bridge": bridge, "dense": config.bridge.dense,
         "n_nodes": len(carried.node_names()), "not_transferable": left,
@@ -118,8 +118,8 @@ def _reference(corpus: Corpus, config: RunConfig) -> Tensor:
 
 def _task_data(
     circuit: Circuit, sparse: OwnModel, n_pairs: int, seed: int, device: str | torch.device
-) -> tuple[TaskData, TaskData, bool]:
-    """Held-out and training prompts; and whether those of a pair are equally long."""
+) -> tuple[TaskData, ...]:
+    """Held-out and training prompts; those of a pair are equally long where such pairs can be had."""
     task = load_task(circuit.settings.get("task", circuit.task))
 
     def drawn(aligned: bool) -> tuple[TaskData, ...]:
@@ -128,20 +128,19 @@ def _task_data(
         return tuple(part.trimmed().to(device) for part in parts)
 
     try:
-        return *drawn(True), True
+        return drawn(True)
     except TaskError:  # which another draw repeats, if it is not for the lengths
         found = drawn(False)
-        log.info("prompts of %s's pairs differ in length here: compared at their last token alone", task.name)
-        return *found, False
+        log.info("prompts of %s's pairs differ in length here: compared from their last tokens back", task.name)
+        return found
 
 
 def _case(
-    sparse: OwnModel, dense: Residuals, found: list[Direction], drawn: tuple[TaskData, TaskData, bool],
+    sparse: OwnModel, dense: Residuals, found: list[Direction], drawn: tuple[TaskData, ...],
     reference: Tensor, corpus: Corpus, config: RunConfig, n_random: int, seed: int,
 ) -> Case:  # fmt: skip
-    *parts, everywhere = drawn
     names = list(steering.by_read(found))
-    prompts = [steering.read_prompts(dense, data, everywhere, names) for data in parts]
+    prompts = [steering.read_prompts(dense, data, names) for data in drawn]
     heldout, train = ((p, steering.node_changes(sparse, found, p)) for p in prompts)
     with torch.no_grad():
         seen = dense.run(reference, names)[0]
@@ -149,7 +148,7 @@ def _case(
     batches = evaluation_batches(corpus.tokens("val"), -(-N_TOKENS // (size * n_ctx)), size, n_ctx, config.train.stride)
     text = [(x.to(reference.device), y.to(reference.device)) for x, y in batches]
     means = {name: seen[name].flatten(0, -2).mean(0) for name in names}
-    return Case(dense, found, heldout, train, means, text, steering.plain(dense, parts[1]), n_random, seed)
+    return Case(dense, found, heldout, train, means, text, steering.plain(dense, drawn[1]), n_random, seed)
 
 
 def _explained(folder: Path, bridge: Bridge, found: list[Direction]) -> dict[str, float]:
