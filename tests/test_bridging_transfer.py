@@ -401,6 +401,7 @@ def test_the_result_is_complete(found, bridged):
     nodes = ["blocks.0.attn_in:3", "blocks.1.mlp_in:1", "blocks.1.mlp_in:4", "final_resid:9"]
     assert [node["node"] for node in found["nodes"]] == nodes and found["n_nodes"] == 5
     assert found["one_node"][-1]["nodes"][0] in nodes[:3] and found["not_transferable"] == {}
+    assert found["made_of"].keys() == {"circuit", "bridge"}
     assert found["n_prompts"] == 8 and found["strengths"] == pytest.approx([i / 10 for i in range(11)])
     for one in found["one_node"]:
         assert one["random_lowest"] <= one["random_rise"] <= one["random_highest"]

@@ -20,7 +20,7 @@ from sparsetrain.bridging.residuals import BridgeError, Residuals
 from sparsetrain.bridging.same_tokens import same_tokens
 from sparsetrain.bridging.train import check_models, is_finished, load_bridge
 from sparsetrain.config import RunConfig
-from sparsetrain.data import Corpus, batch, evaluation_batches
+from sparsetrain.data import Corpus, batch, evaluation_batches, file_hash
 from sparsetrain.files import write_json
 from sparsetrain.pruning.circuit import Circuit, CircuitError, circuit_folder, load_circuit
 from sparsetrain.pruning.edges import weights_hash
@@ -29,7 +29,7 @@ from sparsetrain.tasks import TaskData, TaskError, encode_task, load_task
 
 log = logging.getLogger(__name__)
 
-FORMAT = "sparsetrain-transfer-1"
+FORMAT = "sparsetrain-transfer-2"
 N_TOKENS = 4096  # of training text for means and scales, and of held-out text for the loss
 
 
@@ -75,7 +75,8 @@ def transfer(
     heldout, train = _task_data(carried, sparse, n_pairs, seed, device)
     case = _case(sparse, dense, found, (heldout, train), reference, corpus, run_config, n_random, seed)
     facts = {
-        "format": FORMAT, "task": carried.task, "circuit": circuit, "bridge": bridge, "dense": config.bridge.dense,
+        "format": FORMAT, "made_of": made_of(folder, _bridge_folder(run, bridge)),
+        "task": carried.task, "circuit": circuit, "bridge": bridge, "dense": config.bridge.dense,
         "n_nodes": len(carried.node_names()), "not_transferable": left,
         "explained_to_dense": _explained(_bridge_folder(run, bridge), loaded, found),
         "answers": [tokenizer.decode([int(heldout.correct[side::2].mode().values)]) for side in (0, 1)],
@@ -84,6 +85,14 @@ def transfer(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "transfer.json", facts | measure(case))
     return out / "transfer.json"
+
+
+def made_of(circuit: Path, bridge: Path) -> dict[str, str]:
+    """What tells the circuit and the bridge that a transfer rests on: the hashes of their tensors."""
+    return {
+        "circuit": file_hash(circuit / "masks.safetensors"),
+        "bridge": file_hash(bridge / "bridge.safetensors"),
+    }
 
 
 def _bridge_folder(run: str | Path, bridge: str) -> Path:
