@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.analysis.line_chart import Line, chart
+from sparsetrain.bridging.train import is_finished
+from sparsetrain.bridging.transfer import FORMAT, made_of
 from sparsetrain.pruning.circuit import Circuit
 
 CHARTS = 24  # of single directions, those that do most
@@ -16,7 +18,8 @@ KINDS = {
     "probe": ("probes of the dense model", "#d3801f"),
     "patch": ("its own reads of the counterfactual", "#3b8f4e"),
 }
-STALE = "This is of an earlier circuit of the same name: run sparsetrain transfer again."
+STALE = "STALE: {} changed since this was measured; run sparsetrain transfer again."
+OTHER = "Measured by another version of sparsetrain ({}), so it is not shown; run sparsetrain transfer again."
 NOT_DEFINED = "Not defined: the dense model does not do the task on its own."
 READING = (
     "Strength 1 adds, at the reads of the dense model, the change that each node of the sparse model makes from a "
@@ -25,8 +28,10 @@ READING = (
     "each token as the circuit's change there. The full patch is all that could be done at these reads; a probe knows "
     "the dense model but not the node, so that it may do less than the circuit or more. The one node was chosen on "
     "training prompts (the second, if there is one, among those that are not read by the last norm, where a direction "
-    "acts on the logits directly); its ratio is to the mean size of what random directions do. Bands: one standard "
-    "error over prompts, for random directions all draws."
+    "acts on the logits directly); so was the one channel of the residual stream, steered at all reads that the "
+    "circuit has of it. Their ratio is to the mean size of what random directions do. The steepest direction is, of "
+    "those as long, the one that raises the other answer most to first order on training prompts: its rise is about "
+    "the most that a node so active can do. Bands: one standard error over prompts, for random directions all draws."
 )
 TABLE_HEAD = (
     "node", "carried to", "variance explained there", "length", "greatest change of the node",
@@ -36,25 +41,35 @@ TABLE_HEAD = (
 
 def transfer_sections(run: str | Path, circuit_folder: str | Path, circuit: Circuit) -> str:
     """HTML of what `sparsetrain transfer` found of a circuit, a section for each bridge of the run; or nothing."""
-    files = sorted(Path(run).glob(f"bridges/[!.]*/transfer/{circuit.task}/{Path(circuit_folder).name}/transfer.json"))
-    return "\n".join(section(json.loads(file.read_text()), circuit.node_names()) for file in files)
+    sections = []
+    for bridge in sorted(Path(run).glob("bridges/[!.]*")):
+        file = bridge / "transfer" / circuit.task / Path(circuit_folder).name / "transfer.json"
+        if file.exists():
+            now = made_of(Path(circuit_folder), bridge) if is_finished(bridge) else {}
+            sections.append(section(json.loads(file.read_text()), now))
+    return "\n".join(sections)
 
 
-def section(found: dict[str, Any], nodes: Sequence[str]) -> str:
+def section(found: dict[str, Any], made_of_now: Mapping[str, str]) -> str:
     """One transfer.
 
     Args:
         found: what transfer.json holds.
-        nodes: the circuit's, as it is now.
+        made_of_now: what tells the circuit and the bridge as they are now; see `transfer.made_of`.
     """
-    carried = [*(node["node"] for node in found["nodes"]), *found["not_transferable"]]
-    stale = f'<p class="cautions">{STALE}</p>' if set(carried) - set(nodes) else ""
+    if found["format"] != FORMAT:
+        title = f"On a dense model, by the bridge <code>{html.escape(found['bridge'])}</code>"
+        why = OTHER.format(html.escape(found["format"]))
+        return f'<section class="transfer"><h2>{title}</h2><p class="cautions">{why}</p></section>'
+    changed = [f"the {what}" for what, was in found["made_of"].items() if made_of_now.get(what) != was]
+    stale = f'<p class="cautions">{STALE.format(" and ".join(changed))}</p>' if changed else ""
+    n_carried = len(found["nodes"]) + len(found["not_transferable"])
     task = found["dense_model"]
     answers = " and ".join(f"<code>{html.escape(repr(a))}</code>" for a in found["answers"])
     return (
         f'<section class="transfer"><h2>On the dense model <code>{html.escape(_short(found["dense"]))}</code>, '
         f"by the bridge <code>{html.escape(found['bridge'])}</code></h2>{stale}"
-        f'<p class="note">{len(found["nodes"])} of the {len(carried)} nodes that read the residual stream are carried '
+        f'<p class="note">{len(found["nodes"])} of the {n_carried} nodes that read the residual stream are carried '
         f"across; {found['n_prompts']} held-out prompts, answers mostly {answers}, compared at {found['alignment']}; "
         f"the dense model's own logit difference is {task['logit_difference']:.2f} +- "
         f"{task['logit_difference_se']:.2f}, its accuracy {task['accuracy']:.0%}.</p>"
@@ -71,18 +86,24 @@ def _tiles(found: dict[str, Any]) -> str:
         spread = f"{share['low']:.1%} to {share['high']:.1%} over pairs" if share else NOT_DEFINED
         before = f"; {inside['value']:.1%} before the last norm" if inside else ""
         tiles.append((f"Moved by {words.split(',')[0]}", value, spread + before))
-    for one in found["one_node"]:
-        ratio = "not defined" if one["ratio"] is None else f"{one['ratio']:.1f} x random"
-        rises = (
-            f"P(other answer) {one['rise']:+.4f}; by random directions {one['random_rise']:+.4f} "
-            f"({one['random_lowest']:+.4f} to {one['random_highest']:+.4f})"
-        )
-        tiles.append((f"One node, {one['node']}", ratio, rises))
+    for what, alone in (("node", found["one_node"]), ("channel", found["one_channel"])):
+        tiles += [(f"One {what}, {', '.join(one['nodes'])}", *_alone_told(one)) for one in alone]
     for key, words in (("logit_difference", "Logit difference without them"), ("text_loss", "Loss on other text")):
         a = found["ablation"][key]
         tiles.append((words, f"{a['after']:.3f}", f"before {a['before']:.3f}; random {a['random']['mean']:.3f}; "
                       f"probe {a['probe']:.3f}"))  # fmt: skip
     return '<div class="tiles">' + "".join(_tile(*tile) for tile in tiles) + "</div>"
+
+
+def _alone_told(one: Mapping[str, Any]) -> tuple[str, str]:
+    """Of some nodes alone their ratio to random directions, and what it is a ratio of."""
+    ratio = "not defined" if one["ratio"] is None else f"{one['ratio']:.1f} x random"
+    interval = "" if one["ratio"] is None else f"{one['low']:.1f} to {one['high']:.1f} over pairs and draws; "
+    return ratio, (
+        f"{interval}P(other answer) {one['rise']:+.4f}; by random directions {one['random_rise']:+.4f} "
+        f"({one['random_lowest']:+.4f} to {one['random_highest']:+.4f}); by the steepest direction of its length "
+        f"{one['steepest_rise']:+.4f}"
+    )
 
 
 def _tile(label: str, value: str, control: str) -> str:

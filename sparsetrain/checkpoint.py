@@ -278,10 +278,13 @@ def run_corpus(run: str | Path, config: RunConfig) -> Corpus:
     """The corpus a run was trained on, in that run's tokens.
 
     Where its files have changed since (another machine's standard library, say), what is there now is read with the
-    run's own tokenizer, and a warning says so.
+    run's own tokenizer, and a warning says so. So it is, without one, where the tokenizer that the run was given is no
+    longer where it was, seen from here.
     """
-    corpus = prepare(config.data)
     tokenizer = Path(run) / "tokenizer.json"
+    if config.data.tokenizer and not Path(config.data.tokenizer).exists():
+        return prepare(dataclasses.replace(config.data, tokenizer=str(tokenizer)))
+    corpus = prepare(config.data)
     if corpus.manifest["tokenizer_sha256"] == file_hash(tokenizer):
         return corpus
     log.warning("the corpus here is not the one %s was trained on; reading what is here with its tokenizer", run)

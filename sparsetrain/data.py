@@ -1,4 +1,4 @@
-"""From a corpus to token files: read documents, train or load the tokenizer, write uint16 files, draw batches.
+"""From a corpus to token files: read documents, train or load the tokenizer, write them to files, draw batches.
 
 A prepared corpus is a folder that is written whole or not at all:
 
@@ -56,8 +56,11 @@ class Corpus:
         return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
 
     def tokens(self, split: str) -> np.ndarray:
-        """The tokens of `train` or `val`: a read-only memory map of uint16, documents joined by end-of-text."""
-        return np.memmap(self.folder / f"{split}.bin", dtype=np.uint16, mode="r")
+        """The tokens of `train` or `val`: a read-only memory map, documents joined by end-of-text.
+
+        Of uint16, or of uint32 where the tokenizer has ids from 65,536 on; the manifest says which.
+        """
+        return np.memmap(self.folder / f"{split}.bin", dtype=self.manifest["dtype"], mode="r")
 
 
 def require_source(options: DataOptions) -> None:
@@ -255,9 +258,12 @@ def _given_tokenizer(options: DataOptions) -> Tokenizer | None:
         )
     tokenizer.no_truncation()  # as some that come with models do, which would cut documents short, or fill them up
     tokenizer.no_padding()
-    if tokenizer.get_vocab_size() > 65536:
-        raise DataError(f"the tokenizer must have at most 65536 tokens, got {tokenizer.get_vocab_size()}")
     return tokenizer
+
+
+def _token_type(tokenizer: Tokenizer) -> np.dtype:
+    """What token files hold ids in: uint16 where that is enough for all of a tokenizer's."""
+    return np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
 
 
 def _first_characters(documents: Iterator[str], limit: int) -> Iterator[str]:
@@ -287,7 +293,7 @@ def _write_corpus(
             "source": options.source,
             "split": f"a document is held out if its SHA-256 falls in the lowest {options.val_fraction:g}",
             "tokens": counts,
-            "dtype": "uint16",
+            "dtype": _token_type(tokenizer).name,
             "tokenizer_sha256": file_hash(unfinished / "tokenizer.json"),
             "skipped": dict(skipped),
             "files": files,
@@ -304,13 +310,13 @@ def _write_tokens(
     folder: Path, options: DataOptions, tokenizer: Tokenizer, documents: Iterator[str], n_documents: int
 ) -> dict[str, int]:
     end = tokenizer.token_to_id(options.end_of_text)
-    counts = {"train": 0, "val": 0}
+    counts, stored_as = {"train": 0, "val": 0}, _token_type(tokenizer)
     progress = tqdm(desc="tokenizing", unit=" documents", total=n_documents or None, disable=None)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val, progress:
         for texts in _batched(documents):
             for text, encoding in zip(texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
                 side = "val" if _held_out(text, options.val_fraction) else "train"
-                ids = np.asarray([*encoding.ids, end], dtype=np.uint16)
+                ids = np.asarray([*encoding.ids, end], dtype=stored_as)
                 (val if side == "val" else train).write(ids.tobytes())
                 counts[side] += len(ids)
             progress.update(len(texts))

@@ -66,11 +66,7 @@ def train_step(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) 
         group["lr"] = lr
     n_sequences = c.train.batch_size // c.train.accumulate  # of a part: candidates are chosen in the first
     refill = start_refill(run.tensors, c.sparsity, run.step, c.train.steps, n_sequences)
-    loss = torch.zeros((), device=run.device)
-    for part_in, part_out in zip(inputs.chunk(c.train.accumulate), targets.chunk(c.train.accumulate), strict=True):
-        part = loss_under(run, loss_of, part_in, part_out) / c.train.accumulate
-        part.backward()
-        loss += part.detach()
+    loss = add_gradients_(c, loss_of, inputs, targets)
     if run.wiring:
         run.wiring.add_gradients_(progress)
     rms = scale_gradients_(run.model, c.optim.gradient)
@@ -93,6 +89,17 @@ def train_step(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) 
     return loss, rms
 
 
+def add_gradients_(config: RunConfig, loss_of: LossOf, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Run a batch (B, T) forward and backward, in as many parts as `train.accumulate` says; the mean loss, 0-d."""
+    n_parts = config.train.accumulate
+    loss = torch.zeros((), device=inputs.device)
+    for part_in, part_out in zip(inputs.chunk(n_parts), targets.chunk(n_parts), strict=True):
+        part = loss_under(config, loss_of, part_in, part_out) / n_parts
+        part.backward()
+        loss += part.detach()
+    return loss
+
+
 def read_weights_(run: Training) -> None:
     """Choose each linear map's product for the weights as they are now: after a step, and before the first."""
     c = run.config
@@ -107,7 +114,7 @@ def evaluate(run: Training) -> float:
     c = run.config
     run.model.eval()
     sums = [
-        (loss_under(run, run.model.loss, x.to(run.device), y.to(run.device)).item(), len(x))
+        (loss_under(c, run.model.loss, x.to(run.device), y.to(run.device)).item(), len(x))
         for x, y in evaluation_batches(
             run.corpus.tokens("val"), c.train.eval_batches, c.train.batch_size, c.model.n_ctx, c.train.stride
         )
@@ -116,10 +123,9 @@ def evaluate(run: Training) -> float:
     return sum(loss * n for loss, n in sums) / sum(n for _, n in sums)
 
 
-def loss_under(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss, under the autocast of the run."""
-    bf16 = run.config.run.dtype == "bfloat16"
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
+def loss_under(config: RunConfig, loss_of: LossOf, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss, under the autocast that a run asks for."""
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.run.dtype == "bfloat16"):
         return loss_of(inputs, targets)
 
 

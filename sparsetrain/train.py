@@ -108,7 +108,7 @@ class RunSteps:
     def refuse_broken(self) -> None:
         """A checkpoint must not replace a good one if training cannot go on from it: look at the next step's loss."""
         c = self.run.config
-        loss = loss_under(self.run, self.run.model.loss, *self.batch(c.train.batch_size // c.train.accumulate)).item()
+        loss = loss_under(c, self.run.model.loss, *self.batch(c.train.batch_size // c.train.accumulate)).item()
         if not math.isfinite(loss) or not all(bool(p.isfinite().all()) for p in self.run.model.parameters()):
             raise self.broken(f"the loss became {loss}", self.step + 1)
 
@@ -224,7 +224,7 @@ def refuse_changes(file: Path, config: RunConfig) -> None:
     changes = [
         f"{key}: {_value(before, key)!r} there, {_value(config, key)!r} now"
         for key, _ in known_keys(type(config))
-        if key not in FREE_ON_RESUME and _value(before, key) != _value(config, key)
+        if key not in FREE_ON_RESUME and not _is_same(key, _value(before, key), _value(config, key))
     ]
     if changes:
         raise ConfigError(
@@ -241,6 +241,16 @@ def _refuse_another_command(steps: RunSteps) -> None:
             f"{steps.folder} must go on with what is trained beside its model ({', '.join(more)}), got a command that "
             "leaves it out; go on with the one that began it"
         )
+
+
+def _is_same(key: str, before: Any, now: Any) -> bool:
+    """Whether a key says the same; a tokenizer does by what its file holds, wherever that is.
+
+    One that is no longer where it was is held to the checkpoint's when that is read.
+    """
+    if key == "data.tokenizer" and before and now and before != now:
+        return not Path(before).exists() or file_hash(Path(before)) == file_hash(Path(now))
+    return before == now
 
 
 def _value(config: RunConfig, key: str) -> Any:

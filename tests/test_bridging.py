@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,15 +10,17 @@ import torch
 import sparsetrain
 from sparsetrain import checkpoint
 from sparsetrain.bridge_config import BridgeConfig
-from sparsetrain.bridging.bridge import Bridge, Pair, bridge_losses, kl, normalised_error, spread_rows
+from sparsetrain.bridging import regression
+from sparsetrain.bridging.bridge import Bridge, Pair, bridge_losses, kl, normalised_error, spread_rows, weigh
 from sparsetrain.bridging.dense import OwnModel
 from sparsetrain.bridging.fitting import Fitting
 from sparsetrain.bridging.quality import quality, worst
 from sparsetrain.bridging.regression import regress_
 from sparsetrain.bridging.residuals import BridgeError
-from sparsetrain.bridging.train import bridge, check_models, load_bridge
+from sparsetrain.bridging.train import FitSteps, bridge, check_models, load_bridge
 from sparsetrain.config import ConfigError, RunConfig, load_config
 from sparsetrain.data import evaluation_batches, prepare
+from sparsetrain.kernels import ops
 from sparsetrain.train import train
 
 
@@ -257,6 +260,50 @@ def test_the_dense_model_is_found_from_another_folder(tiny, dense_run, tmp_path,
     assert bridge(joint(tiny, dense_run, tmp_path, "train.steps=2", "train.eval_every=2")) == folder
 
 
+def test_a_joint_run_goes_on_from_another_folder_and_with_another_cache(tiny, dense_run, tmp_path, monkeypatch):
+    """Folders that the first command named from where it was; what is there counts, not what it is called from here."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    short = [f"bridge.dense={dense_run}", f"run.out={tmp_path}/runs", "train.steps=4", "train.checkpoint_every=2"]
+    monkeypatch.chdir(tmp_path / "here")
+    folder = bridge(load_config(BridgeConfig, [*tiny, *short, "data.cache=first"]))
+    run = folder.parents[1]
+    before = load_bridge(folder)[0].state_dict()
+    monkeypatch.chdir(tmp_path / "there")
+    config = checkpoint.load_run(run)[2]
+    assert Path(config.data.tokenizer).is_file()  # as prune and transfer read it
+    assert len(checkpoint.run_corpus(run, config).tokens("val"))
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "step_00000004")
+    (folder / "bridge.safetensors").unlink()
+    assert bridge(load_config(BridgeConfig, [*tiny, *short, "data.cache=second"])) == folder
+    after = load_bridge(folder)[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    other = tmp_path / "other.json"
+    other.write_text((run / "tokenizer.json").read_text().replace("print", "tnirp"))
+    with pytest.raises(ConfigError, match="another config.*\n.*data.tokenizer: "):
+        bridge(load_config(BridgeConfig, [*tiny, *short, f"data.tokenizer={other}"]))
+
+
+def test_a_run_whose_tokenizer_was_moved_is_read_with_its_own(tiny, tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "t.json").write_bytes((tiny_run / "tokenizer.json").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    small = ["data.tokenizer=t.json", "run.name=moved", "train.steps=2", f"run.out={tmp_path}"]
+    run = train(load_config(RunConfig, [*tiny, *small]))
+    config = checkpoint.load_run(run)[2]
+    there = checkpoint.run_corpus(run, config)
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    again = checkpoint.run_corpus(run, config)
+    assert again.tokens("val").tolist() == there.tokens("val").tolist()
+
+
+def test_a_fit_reads_its_corpus_in_the_cache_that_it_is_given(dense_run, tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    bridge(fit(tmp_path / "run", dense_run, "train.steps=1", f"data.cache={tmp_path / 'cache'}"))
+    assert list((tmp_path / "cache").glob("text-*/manifest.json"))
+
+
 def test_a_joint_run_returns_to_the_regression_now_and_then(tiny, dense_run, tmp_path):
     explained = []
     for every in (0, 19):  # of 20 steps
@@ -264,3 +311,87 @@ def test_a_joint_run_returns_to_the_regression_now_and_then(tiny, dense_run, tmp
         explained.append(worst(json.loads((folder / "report.json").read_text())))
     assert explained[1]["explained_to_dense"] > explained[0]["explained_to_dense"] + 0.02
     assert explained[1]["explained_to_sparse"] > explained[0]["explained_to_sparse"] + 0.02
+
+
+@pytest.mark.parametrize("n_bytes", [1, 2 * 8 * 65**2, 2**31])
+def test_a_regression_needs_no_more_sums_and_tokens_at_once_than_there_is_room_for(
+    dense_run, tiny_run, monkeypatch, n_bytes
+):
+    """And comes to what least squares on all tokens at once come to."""
+    sparse, dense = own(tiny_run), own(dense_run)
+    batches = [tokens for tokens, _ in held_out(dense_run, 3)]
+    monkeypatch.setattr(regression, "SUMS_BYTES", n_bytes)
+    monkeypatch.setattr(regression, "PART_BYTES", 1)  # a sequence at a time
+    fitted = Bridge([Pair(site, site) for site in sparse.sites], 32, 32, topk=1)
+    most = {"sums": 0, "rows": 0}
+    gather, run = regression._gather, sparse.run
+
+    def gathered(pairs, *rest):
+        most["sums"] = max(most["sums"], len(pairs))
+        return gather(pairs, *rest)
+
+    def watched(tokens):
+        most["rows"] = max(most["rows"], len(tokens))
+        return run(tokens)
+
+    monkeypatch.setattr(regression, "_gather", gathered)
+    monkeypatch.setattr(sparse, "run", watched)
+    regress_(fitted, sparse, dense, batches)
+    assert most == {"sums": {1: 1, 2 * 8 * 65**2: 2}.get(n_bytes, 5), "rows": 1}
+    with torch.no_grad():
+        all_at_once = torch.cat(batches)
+        s, d = (m.run(all_at_once)[0]["blocks.1.resid_mid"].flatten(0, 1).double() for m in (sparse, dense))
+        x = s - s.mean(0)
+        penalty = regression.RIDGE * x.square().mean() * len(x)
+        by_hand = d.mean(0) + x @ torch.linalg.solve(x.T @ x + penalty * torch.eye(32), x.T @ (d - d.mean(0)))
+        torch.testing.assert_close(fitted.decode(3, s.float()), by_hand.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_residual_that_is_not_finite_is_refused_with_its_side_and_site(dense_run, tiny_run):
+    sparse, dense = own(tiny_run), own(dense_run)
+    fitted = Bridge([Pair(site, site) for site in sparse.sites], 32, 32, topk=1)
+    with torch.no_grad():
+        dense.model.blocks[0].mlp.out.bias[3] = torch.inf
+    with pytest.raises(BridgeError, match=r"the dense model's residuals must be finite, .* at blocks.1.resid_pre"):
+        regress_(fitted, sparse, dense, [held_out(dense_run, 1)[0][0]])
+
+
+def test_a_step_never_waits_for_the_device(dense_run, tiny_run):
+    """On torch's device without numbers, where whatever asks for one fails."""
+    sparse, dense = own(tiny_run), own(dense_run)
+    for model in (sparse, dense):
+        model.model.to("meta")
+    config = fit(tiny_run, dense_run)
+    fitted = Bridge([Pair(site, site) for site in sparse.sites], 32, 32, topk=0.5).to("meta")
+    tokens = torch.zeros(4, 32, dtype=torch.int64, device="meta")
+    with ops.using("reference"):
+        h_sparse = sparse.run(tokens)[0]
+        fitted.follow_(h_sparse)
+        weigh(bridge_losses(fitted, sparse, dense, tokens, h_sparse, 3), config.bridge).backward()
+    assert all(p.grad is not None for p in fitted.parameters())
+
+
+def test_a_fit_takes_its_batches_in_parts(dense_run, tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    sizes = []
+    for n_parts in (1, 2):
+        config = fit(tmp_path / "run", dense_run, f"train.accumulate={n_parts}")
+        sparse = own(tiny_run)
+        steps = FitSteps(config, sparse, own(dense_run), torch.device("cpu"), tmp_path / str(n_parts))
+        tokens, targets = steps._batch()
+        parts = list(zip(tokens.chunk(n_parts), targets.chunk(n_parts), strict=True))
+        twin = Fitting(config, sparse, steps.fitting.dense, torch.device("cpu"))
+        twin.load_(steps.fitting.tensors() | _no_moments(twin.bridge))
+        by_hand = torch.stack([twin.loss(x, y, 0, sparse.model) for x, y in parts]).mean()
+        sizes.append(steps.advance().item())
+        assert sizes[-1] == pytest.approx(by_hand.item(), rel=1e-6)
+    assert sizes[0] != sizes[1]  # errors are over the variance of each part
+
+
+def _no_moments(bridge_):
+    zeros = {"step": torch.zeros(())}
+    return {
+        f"{name}.{key}": zeros.get(key, torch.zeros_like(p))
+        for name, p in bridge_.named_parameters()
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }

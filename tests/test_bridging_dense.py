@@ -407,6 +407,24 @@ def test_half_precision_and_what_overflowed_in_it_are_refused(tokenizer):
         HfModel(model.half().float(), tokenizer)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox"])
+def test_no_pass_waits_for_the_device(tokenizer, name, monkeypatch):
+    """On torch's device without numbers, where whatever asks for one fails.
+
+    Left out is that transformers itself looks once a pass whether several sequences are packed into one.
+    """
+    model = HfModel(theirs(name), tokenizer)
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    entering = {
+        site: (rows.to("meta"), x.detach().to("meta").requires_grad_()) for site, (rows, x) in spread(model).items()
+    }
+    model.model.to("meta")
+    tokens = random_tokens(sum(len(rows) for rows, _ in entering.values())).to("meta")
+    assert model.run(tokens)[0]["final_resid"].shape == (*tokens.shape, model.width)
+    model.enter(tokens, entering).sum().backward()
+    assert all(x.grad is not None for _, x in entering.values() if len(x))
+
+
 @pytest.fixture
 def folder(tmp_path, tokenizer):
     """A folder as transformers writes it, with a tokenizer."""

@@ -18,7 +18,7 @@ from sparsetrain.bridging.dense import OwnModel
 from sparsetrain.bridging.directions import read_norm, read_of, transferred
 from sparsetrain.bridging.residuals import BridgeError
 from sparsetrain.bridging.transfer import transfer
-from sparsetrain.bridging.transfer_measures import defined, describe, share
+from sparsetrain.bridging.transfer_measures import against_random, defined, describe, share
 from sparsetrain.config import AbsTopKOptions, ModelOptions, config_to_yaml, load_config
 from sparsetrain.model import Transformer
 from sparsetrain.pruning.ablation import Ablation
@@ -106,7 +106,7 @@ def carried(pair, **channels):
 
 def at_heldout(pair, found):
     sparse, dense, _ = pair
-    prompts = steering.read_prompts(dense, task_data(), True, list(steering.by_read(found)))
+    prompts = steering.read_prompts(dense, task_data(), list(steering.by_read(found)))
     return prompts, steering.node_changes(sparse, found, prompts)
 
 
@@ -127,7 +127,7 @@ def test_a_direction_does_what_editing_the_channel_does(pair, read):
 
     def edit(strength):
         def edited(x):
-            change = steering.changes(x, prompts.data, True)
+            change = steering.changes(x, prompts.data)
             return torch.cat([x[..., :5], x[..., 5:6] + strength * change[..., 5:6], x[..., 6:]], -1)
 
         return {found[0].read: edited}
@@ -169,18 +169,34 @@ def test_a_counterfactual_asks_for_the_answers_of_its_prompt(pair):
 
 
 def test_random_directions_have_the_lengths_and_angles_of_the_given(pair):
+    """Between reads too: one rotation turns them all."""
     found = carried(pair, blocks__0__mlp_in=[1, 4, 9], blocks__1__mlp_in=[2])
-    moved = at_heldout(pair, found)[1]
-    ours = steering.along(found, moved)
-    theirs = steering.along_random(found, moved, torch.Generator().manual_seed(0))
-    again = steering.along_random(found, moved, torch.Generator().manual_seed(0))
-    for read, push in ours.items():
-        torch.testing.assert_close(theirs[read].change.norm(dim=-1), push.change.norm(dim=-1), rtol=1e-4, atol=1e-5)
-        alike = torch.cosine_similarity(theirs[read].change, push.change, dim=-1)
-        assert (alike[push.change.norm(dim=-1) > 0.1].abs() < 0.95).all()
-        assert torch.equal(theirs[read].change, again[read].change)
-        rows = theirs[read].span
-        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), rtol=0, atol=1e-5)
+    turned, again = (steering.turned(found, torch.Generator().manual_seed(0)) for _ in range(2))
+    ours, theirs = (torch.stack([d.vector for d in those]) for those in (found, turned))
+    torch.testing.assert_close(theirs @ theirs.T, ours @ ours.T, rtol=1e-4, atol=1e-5)
+    assert (torch.cosine_similarity(ours, theirs).abs() < 0.8).all()
+    assert all(torch.equal(a.vector, b.vector) for a, b in zip(turned, again, strict=True))
+    assert [d.node for d in turned] == [d.node for d in found]
+
+
+def test_the_steepest_direction_does_more_than_any_other_of_its_length(pair):
+    """And its rise is what the gradient says, as far as that goes: at a small length."""
+    _, dense, _ = pair
+    found = [replace(d, vector=1e-2 * d.vector) for d in carried(pair, blocks__0__mlp_in=[1], blocks__1__mlp_in=[1])]
+    prompts, moved = at_heldout(pair, found)
+    base = steering.plain(dense, prompts.data)
+
+    def raised(those):
+        return (steering.steer(dense, prompts, steering.along(those, moved), 1) - base)[:, 1].mean().item()
+
+    most = steering.steepest(dense, prompts, moved, found)
+    for ours, theirs in zip(found, most, strict=True):
+        torch.testing.assert_close(theirs.vector.norm(), ours.vector.norm())
+    assert raised(most) > 0
+    assert all(raised(steering.turned(found, torch.Generator().manual_seed(i))) < raised(most) for i in range(20))
+    there = torch.stack([d.vector for d in most])
+    nudged = [replace(d, vector=v) for d, v in zip(most, there * 1.1, strict=True)]
+    assert raised(nudged) == pytest.approx(1.1 * raised(most), rel=0.05)
 
 
 def test_the_probe_is_the_way_between_the_sides_and_as_long_as_the_circuits(pair):
@@ -201,16 +217,51 @@ def test_the_probe_is_the_way_between_the_sides_and_as_long_as_the_circuits(pair
     assert ((made @ probe[read])[0::2] >= 0).all() and ((made @ probe[read])[1::2] <= 0).all()
 
 
-def test_prompts_of_other_lengths_are_compared_at_their_last_token(pair):
-    data = replace(task_data(4), last=torch.tensor([3, 6, 8, 8]))
-    values = torch.randn(4, T, 5)
-    found = steering.changes(values, data, everywhere=False)
-    torch.testing.assert_close(found[0, 3], values[1, 6] - values[0, 3])
-    torch.testing.assert_close(found[1, 6], values[0, 3] - values[1, 6])
-    assert found.abs().sum(-1).count_nonzero() == 4
-    everywhere = steering.changes(values, replace(data, last=torch.tensor([3, 3, 8, 8])), everywhere=True)
-    torch.testing.assert_close(everywhere[0, :4], (values[1] - values[0])[:4])
-    assert everywhere[0, 4:].abs().max() == 0
+def test_prompts_are_compared_from_their_last_tokens_back_to_where_they_first_differ(pair):
+    tokens = torch.tensor([[7, 8, 1, 2, 3, 0], [7, 8, 4, 5, 2, 3], [7, 1, 2, 3, 0, 0], [7, 4, 2, 3, 0, 0]])
+    data = replace(task_data(4), tokens=tokens, last=torch.tensor([4, 5, 3, 3]))
+    values = torch.randn(4, 6, 5)
+    found = steering.changes(values, data)
+    by_hand = torch.zeros(4, 6, 5)
+    for row, at, partner, there in [
+        (0, 2, 1, 3), (0, 3, 1, 4), (0, 4, 1, 5),
+        (1, 3, 0, 2), (1, 4, 0, 3), (1, 5, 0, 4),  # not at 2, which the shorter one lacks
+        *((row, at, 5 - row, at) for row in (2, 3) for at in (1, 2, 3)),
+    ]:  # fmt: skip
+        by_hand[row, at] = values[partner, there] - values[row, at]
+    torch.testing.assert_close(found, by_hand)
+    alike = replace(data, tokens=tokens[[0, 0, 2, 2]], last=torch.tensor([4, 4, 3, 3]))
+    assert steering.changes(values, alike).abs().sum(-1).nonzero().tolist() == [[0, 4], [1, 4], [2, 3], [3, 3]]
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_full_patch_of_prompts_of_other_lengths_reaches_reads_before_the_last_token(pair, read):
+    """Two prompts that differ in a token in the middle, where one of them has two."""
+    _, dense, _ = pair
+    tokens = random_tokens(4)
+    tokens[1, 4:8] = tokens[0, 3:7]  # after other tokens at 2 and 3
+    tokens[3, 4:8] = tokens[2, 3:7]
+    tokens[[1, 3], :2] = tokens[[0, 2], :2]
+    data = replace(task_data(4), tokens=tokens, last=torch.tensor([6, 7, 6, 7]))
+    prompts = steering.read_prompts(dense, data, [read])
+    patched = steering.steer(dense, prompts, steering.patch(prompts, [read]), 1)
+    base = steering.plain(dense, data)
+    assert (patched[:, 2] - base[:, 2]).abs().min() > 1e-3
+
+
+def test_a_rise_is_held_against_the_size_of_random_ones():
+    base = torch.zeros(8, 3)
+    found, draws = base.clone(), torch.zeros(2, 8, 3)
+    found[:, 1] = 0.4
+    draws[0, :, 1], draws[1, :, 1] = 0.1, -0.1  # which would cancel out
+    assert against_random(found, draws, base) == pytest.approx(
+        {"rise": 0.4, "random_rise": 0, "random_lowest": -0.1, "random_highest": 0.1, "random_size": 0.1,
+         "ratio": 4, "low": 4, "high": 4}, abs=1e-6,
+    )  # fmt: skip
+    found[:4, 1] = 0.2
+    measured = against_random(found, draws, base)
+    assert measured["ratio"] == pytest.approx(3, rel=1e-5) and 2 <= measured["low"] < 3 < measured["high"] <= 4
+    assert against_random(found, draws * 0, base)["ratio"] is None
 
 
 def test_ablated_reads_have_the_means_component_and_keep_the_rest(pair):
@@ -349,7 +400,8 @@ def test_the_result_is_complete(found, bridged):
     assert (bridged / "bridges/dense/transfer/single_double_quote/node_masks/transfer.json").exists()
     nodes = ["blocks.0.attn_in:3", "blocks.1.mlp_in:1", "blocks.1.mlp_in:4", "final_resid:9"]
     assert [node["node"] for node in found["nodes"]] == nodes and found["n_nodes"] == 5
-    assert found["one_node"][-1]["node"] in nodes[:3] and found["not_transferable"] == {}
+    assert found["one_node"][-1]["nodes"][0] in nodes[:3] and found["not_transferable"] == {}
+    assert found["made_of"].keys() == {"circuit", "bridge"}
     assert found["n_prompts"] == 8 and found["strengths"] == pytest.approx([i / 10 for i in range(11)])
     for one in found["one_node"]:
         assert one["random_lowest"] <= one["random_rise"] <= one["random_highest"]

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sparsetrain.config import DataOptions
 from sparsetrain.data import DataError, batch, evaluation_batches, prepare, train_tokenizer
@@ -169,6 +170,38 @@ def test_a_tokenizer_that_cuts_or_fills_up_texts_does_neither_here(folder, tmp_p
     tokenizer.save(str(tmp_path / "t.json"))
     again = prepare(options(folder, tmp_path / "cache", tokenizer=str(tmp_path / "t.json")))
     assert again.manifest["tokens"] == trained.manifest["tokens"]
+
+
+def large_tokenizer(file, n):
+    """A tokenizer of n tokens: nothing but words, every one that is given last in it."""
+    words = ["<|endoftext|>", *(f"w{i}" for i in range(1, n))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(file))
+    return str(file)
+
+
+@pytest.mark.parametrize("n, stored", [(65536, "uint16"), (65537, "uint32")])
+def test_a_vocabulary_may_be_too_large_for_two_bytes(tmp_path, n, stored):
+    (tmp_path / "texts").mkdir()
+    for i in range(20):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"w{n - 1} w{i + 1} w{n - 2}")
+    given = large_tokenizer(tmp_path / "t.json", n)
+    corpus = prepare(options(tmp_path / "texts", tmp_path / "cache", tokenizer=given))
+    assert corpus.manifest["dtype"] == stored
+    for split in ("train", "val"):
+        tokens = corpus.tokens(split)
+        assert tokens.dtype == stored and len(tokens) == corpus.manifest["tokens"][split]
+        assert (tokens.reshape(-1, 4)[:, [0, 2, 3]] == [n - 1, n - 2, 0]).all()
+    x, y = batch(corpus.tokens("train"), 0, 0, 0, 3, 3)
+    assert x.max() == n - 1 and (x[:, 1:] == y[:, :-1]).all()
+
+
+def test_a_corpus_of_before_is_read_as_its_manifest_says(folder, tmp_path):
+    """What is on disk stays valid: two bytes a token, as the manifest has said since the first one."""
+    made = prepare(options(folder, tmp_path))
+    assert made.manifest["dtype"] == "uint16"
+    assert (made.folder / "val.bin").stat().st_size == 2 * made.manifest["tokens"]["val"]
 
 
 def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path):

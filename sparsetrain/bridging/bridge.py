@@ -135,8 +135,8 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 def spread_rows(n_rows: int, n_sites: int, shift: int, device: torch.device) -> list[Tensor]:
     """The rows that enter at each site: as evenly as can be, and others with each shift."""
-    at = (torch.arange(n_rows, device=device) + shift) % n_sites
-    return [(at == i).nonzero().flatten() for i in range(n_sites)]
+    firsts = [(i - shift) % n_sites for i in range(n_sites)]
+    return [torch.arange(min(first, n_rows), n_rows, n_sites, device=device) for first in firsts]
 
 
 def hybrid_kl(

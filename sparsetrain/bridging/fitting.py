@@ -1,6 +1,6 @@
 """A bridge while it is trained: its losses on a batch, its optimiser, and its state in a checkpoint."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,11 +34,11 @@ class Fitting:
         self.parts: Losses = {}  # of the last batch, detached
         self.rows_seen = 0  # of a batch that comes in parts
 
-    def regress_(self, batches: Iterable[Tensor]) -> None:
+    def regress_(self, batches: Sequence[Tensor]) -> None:
         """Set the maps by ridge regression on batches of tokens (B, T), and forget Adam's moments of them.
 
         Raises:
-            BridgeError: a residual of the dense model is not finite.
+            BridgeError: a residual of a model is not finite.
         """
         regress_(self.bridge, self.sparse, self.dense, batches)
         self.optimizer.state.clear()

@@ -52,6 +52,7 @@ class HfModel:
         self._places = self._find_places()
         self.sites, self.reads = tuple(self._places), tuple(self._norms)
         residuals, logits = self.run(tokens)
+        _check_finite(residuals)
         self.width, self.vocab_size = residuals["final_resid"].shape[-1], logits.shape[-1]
         self.grows = self._trouble(tokens, residuals, logits, grows=True) is None
         if not self.grows and (trouble := self._trouble(tokens, residuals, logits, grows=False)):
@@ -59,19 +60,13 @@ class HfModel:
         self._report()
 
     def run(self, tokens: Tensor, read: Collection[str] = ()) -> tuple[dict[str, Tensor], Tensor]:
-        """See `Residuals.run`.
-
-        Raises:
-            BridgeError: the residual is not finite, and at which site first.
-        """
+        """See `Residuals.run`."""
         check_names(self, read)
         seen: dict[str, Tensor] = {}
         places = {**self._places, **{name: (self._norms[name], "out") for name in {*read} - {*self.sites}}}
         with hooked([keep(seen, name, *place) for name, place in places.items()]):
             logits = self._logits(tokens)
-        seen = {name: seen[name].reshape(seen["final_resid"].shape) for name in places}
-        _check_finite(seen)
-        return seen, logits
+        return {name: seen[name].reshape(seen["final_resid"].shape) for name in places}, logits
 
     def enter(self, tokens: Tensor, entering: Entering) -> Tensor:
         """See `Residuals.enter`; a batch that is spread over all sites costs half a forward pass, or a whole one where

@@ -1,7 +1,7 @@
 """All that is done to a dense model along the directions of a circuit, each intervention beside its controls."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from sparsetrain.bridging import steering
 from sparsetrain.bridging.directions import Direction
 from sparsetrain.bridging.residuals import Residuals
 from sparsetrain.bridging.steering import Prompts, Pushes
-from sparsetrain.bridging.transfer_measures import curve, defined, draws_curve, rise, share
+from sparsetrain.bridging.transfer_measures import against_random, curve, defined, draws_curve, rise, share
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +53,21 @@ def measure(case: Case) -> dict[str, Any]:
     """Steer and ablate the dense model.
 
     Returns:
-        strengths, random_strengths; n_prompts, n_random; alignment: `all tokens`, or `last token` where the prompts of
-        pairs differ in length.
+        strengths, random_strengths; n_prompts, n_random; alignment: `all tokens`, or `tokens counted from the last`
+        where the prompts of pairs differ in length.
         dense_model: its logit difference (right minus wrong answer; mean and standard error over pairs), accuracy,
         and `does_the_task`: whether that is clearly above zero.
         curves: of `circuit` (all directions together), `probe`, `patch` and `random`; see `transfer_measures`.
         nodes: for each direction where it is, its `length`, the `change` of its node (greatest over tokens, mean over
-        prompts), its `curve`, its `share`, and the rise of the other answer's probability at strength 1: `rise`, on
-        training prompts (`train_rise`), by random directions, one for each pair (`random_rise`), by a probe.
-        one_node: the node that raises the other answer most on training prompts, and that of those not read by the
-        last norm: each one's `rise` on held-out prompts, that of n_random random directions (mean, lowest, highest, and
-        `random_size`, the mean of its absolute value, so that rises and falls do not cancel out), and the `ratio` of
-        rise to random_size.
+        prompts), its `curve`, its `share`, and the rise of the other answer's probability at strength 1: `rise`, by
+        random directions, one for each pair (`random_rise`), by a probe (`probe_rise`).
+        counterfactual_rise: how much likelier the other answer is on the counterfactual itself.
+        one_node: the node (a channel at one read, as in the paper) that raises the other answer most on training
+        prompts, and that of those not read by the last norm: what each does to held-out prompts beside random
+        directions, see `against_random`, and `steepest_rise`: what that direction of its length does that raises the
+        other answer most, to first order, on training prompts. No node that is as active could do more.
+        one_channel: the same of a channel of the sparse model's residual stream, at all reads that the circuit has of
+        it together; empty where it has no channel twice.
         share: of the change of the logit difference from the prompt to its counterfactual, how much is moved at
         strength 1: `value`, `low`, `high` (95 % by bootstrap over pairs) of `circuit`, `random` (with the `lowest` and
         `highest` of its draws), `probe`, `patch`; None where the dense model cannot do the task.
@@ -83,23 +86,23 @@ def measure(case: Case) -> dict[str, Any]:
             "the dense model must do the task for a share of it to be explained, got a logit difference of %.3f +- "
             "%.3f; the share is not defined", task["logit_difference"], task["logit_difference_se"],
         )  # fmt: skip
-    inside = [d for d in case.found if d.dense_read != "final_in"]
+    inside = _inside(case.found)
     curves, shares = _together(case, case.found, base, target)
     shares_inside = _together(case, inside, base, target, (0, 1), (0, 1))[1] if inside and does_it else None
-    nodes = [_node(case, d, base, target) for d in case.found]
-    chosen = [_best(nodes), _best([node for node in nodes if node["dense_read"] != "final_in"])]
     return {
         "strengths": list(STRENGTHS),
         "random_strengths": list(RANDOM_STRENGTHS),
         "n_prompts": len(prompts.data),
         "n_random": case.n_random,
-        "alignment": "all tokens" if prompts.everywhere else "last token",
+        "alignment": _alignment(prompts),
         "dense_model": task,
         "curves": curves,
         "share": shares if does_it else None,
         "share_inside": shares_inside,
-        "nodes": nodes,
-        "one_node": [_one(case, node, base) for i, node in enumerate(chosen) if node and node not in chosen[:i]],
+        "counterfactual_rise": rise(target, base),
+        "nodes": [_node(case, d, base, target) for d in case.found],
+        "one_node": _best_alone(case, lambda found: [[d] for d in found], base),
+        "one_channel": _best_alone(case, _channels, base),
         "ablation": _ablation(case),
     }
 
@@ -127,8 +130,9 @@ def _together(
         "patch": steering.patch(prompts, list(pushes)),
     }
     swept = {name: _swept(case, kind, base, strengths) for name, kind in kinds.items()}
-    random = [steering.along_random(found, moved, case.generator(i)) for i in range(case.n_random)]
-    draws = torch.stack([_swept(case, drawn, base, random_strengths) for drawn in random])  # (R, S, N, 3)
+    random = [steering.turned(found, case.generator(i)) for i in range(case.n_random)]
+    pushed = [steering.along(drawn, moved) for drawn in random]
+    draws = torch.stack([_swept(case, drawn, base, random_strengths) for drawn in pushed])  # (R, S, N, 3)
     curves = {name: curve(answers) for name, answers in swept.items()}
     shares = {name: share(answers[-1], base, target) for name, answers in swept.items()}
     each = [share(draw[-1], base, target)["value"] for draw in draws]
@@ -138,13 +142,12 @@ def _together(
 
 def _node(case: Case, direction: Direction, base: Tensor, target: Tensor) -> dict[str, Any]:
     """One direction alone."""
-    (prompts, moved), (train, train_moved) = case.heldout, case.train
+    prompts, moved = case.heldout
     only = [direction]
     pushes = steering.along(only, moved)
     swept = _swept(case, pushes, base)
     probe = steering.steer(case.dense, prompts, steering.along_probe(pushes, prompts, _probes(case, only)), 1)
     random = steering.steer(case.dense, prompts, steering.along_own_random(direction, moved, case.generator(0)), 1)
-    on_train = steering.steer(case.dense, train, steering.along(only, train_moved), 1)
     return {
         "node": direction.node, "site": direction.site, "dense_site": direction.dense_site,
         "dense_read": direction.dense_read, "length": direction.vector.norm().item(),
@@ -152,26 +155,57 @@ def _node(case: Case, direction: Direction, base: Tensor, target: Tensor) -> dic
         "curve": curve(swept),
         "rise": rise(swept[-1], base), "random_rise": rise(random, base), "probe_rise": rise(probe, base),
         "share": share(swept[-1], base, target)["value"],
-        "train_rise": rise(on_train, case.train_base),
     }  # fmt: skip
 
 
-def _best(nodes: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The node that raises the other answer most on training prompts."""
-    return max(nodes, key=lambda node: node["train_rise"], default=None)
+def _channels(found: Sequence[Direction]) -> list[list[Direction]]:
+    """The nodes of each channel of the sparse model's residual stream that the circuit reads more than once."""
+    channels: dict[int, list[Direction]] = {}
+    for direction in found:
+        channels.setdefault(direction.channel, []).append(direction)
+    return [nodes for nodes in channels.values() if len(nodes) > 1]
 
 
-def _one(case: Case, node: dict[str, Any], base: Tensor) -> dict[str, Any]:
-    """A node's rise beside that of random directions on all prompts."""
+def _best_alone(
+    case: Case, group: Callable[[Sequence[Direction]], list[list[Direction]]], base: Tensor
+) -> list[dict[str, Any]]:
+    """What the group of nodes does that raises the other answer most on training prompts; and that of those without
+    what the last norm reads."""
+    chosen = [_best(case, group(found)) for found in (case.found, _inside(case.found))]
+    names = [[d.node for d in nodes] for nodes in chosen]
+    return [_alone(case, nodes, base) for i, nodes in enumerate(chosen) if nodes and names[i] not in names[:i]]
+
+
+def _inside(found: Sequence[Direction]) -> list[Direction]:
+    """The directions at reads before the last norm."""
+    return [d for d in found if d.dense_read != "final_in"]
+
+
+def _best(case: Case, groups: list[list[Direction]]) -> list[Direction]:
+    train, moved = case.train
+
+    def on_train(nodes: list[Direction]) -> float:
+        return rise(steering.steer(case.dense, train, steering.along(nodes, moved), 1), case.train_base)
+
+    return max(groups, key=on_train, default=[])
+
+
+def _alone(case: Case, nodes: list[Direction], base: Tensor) -> dict[str, Any]:
+    """The rise by some nodes, beside that by random directions and by the steepest ones."""
     prompts, moved = case.heldout
-    only = [direction for direction in case.found if direction.node == node["node"]]
-    random = [steering.along_random(only, moved, case.generator(i)) for i in range(case.n_random)]
-    rises = [rise(steering.steer(case.dense, prompts, drawn, 1), base) for drawn in random]
-    size = sum(map(abs, rises)) / len(rises)
-    return {
-        "node": node["node"], "rise": node["rise"], "random_rise": sum(rises) / len(rises), "random_lowest": min(rises),
-        "random_highest": max(rises), "random_size": size, "ratio": node["rise"] / size if size else None,
-    }  # fmt: skip
+
+    def steered(found: list[Direction]) -> Tensor:
+        return steering.steer(case.dense, prompts, steering.along(found, moved), 1)
+
+    draws = torch.stack([steered(steering.turned(nodes, case.generator(i))) for i in range(case.n_random)])
+    most = steered(steering.steepest(case.dense, *case.train, nodes))
+    measured = against_random(steered(nodes), draws, base)
+    return {"nodes": [d.node for d in nodes], **measured, "steepest_rise": rise(most, base)}
+
+
+def _alignment(prompts: Prompts) -> str:
+    last = prompts.data.last
+    return "all tokens" if bool((last[0::2] == last[1::2]).all()) else "tokens counted from the last"
 
 
 def _ablation(case: Case) -> dict[str, Any]:

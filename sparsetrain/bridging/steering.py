@@ -28,13 +28,11 @@ class Prompts:
 
     Attributes:
         data: rows 2i and 2i + 1 are a pair, each the other's counterfactual.
-        everywhere: prompts of a pair are equally long, so that they are compared at all tokens; else at the last alone.
         reads: (N, T, D) by name.
         changes: (N, T, D) by name: what each prompt's read lacks to be its counterfactual's.
     """
 
     data: TaskData
-    everywhere: bool
     reads: dict[str, Tensor]
     changes: dict[str, Tensor]
 
@@ -50,30 +48,34 @@ class Push:
 Pushes = dict[str, Push]
 
 
-def changes(values: Tensor, data: TaskData, everywhere: bool) -> Tensor:
-    """What values (N, T, C) of each prompt lack to be its counterfactual's; 0 where the two are not compared."""
-    rows = torch.arange(len(data), device=values.device)
-    partner = rows ^ 1
-    if everywhere:
-        there = torch.arange(values.shape[1], device=values.device) <= data.last[:, None]
-        return (values[partner] - values) * there[..., None]
-    out = torch.zeros_like(values)
-    out[rows, data.last] = values[partner, data.last[partner]] - values[rows, data.last]
-    return out
+def changes(values: Tensor, data: TaskData) -> Tensor:
+    """What values (N, T, C) of each prompt lack to be its counterfactual's; 0 where the two are not compared.
+
+    The prompts of a pair are compared from their last tokens back to where they first differ: before that nothing
+    changes. Where they are not equally long, the tokens that the longer one has more are not compared.
+    """
+    at = torch.arange(values.shape[1], device=values.device)
+    partner = torch.arange(len(data), device=values.device) ^ 1
+    in_partner = at + (data.last[partner] - data.last)[:, None]
+    n_alike = (data.tokens == data.tokens[partner]).long().cumprod(1).sum(1, keepdim=True)
+    after = torch.minimum(at, in_partner) >= n_alike
+    there = (at <= data.last[:, None]) & (after | (at == data.last[:, None]))
+    index = in_partner.clamp(0, values.shape[1] - 1)[..., None].expand_as(values)
+    return (values[partner].gather(1, index) - values) * there[..., None]
 
 
 @torch.no_grad()
-def read_prompts(dense: Residuals, data: TaskData, everywhere: bool, names: Sequence[str]) -> Prompts:
+def read_prompts(dense: Residuals, data: TaskData, names: Sequence[str]) -> Prompts:
     """The dense model's reads on prompts, and what they lack to be their counterfactuals'."""
     reads = _read(dense, data.tokens, names)
-    return Prompts(data, everywhere, reads, {name: changes(x, data, everywhere) for name, x in reads.items()})
+    return Prompts(data, reads, {name: changes(x, data) for name, x in reads.items()})
 
 
 @torch.no_grad()
 def node_changes(sparse: Residuals, found: Sequence[Direction], prompts: Prompts) -> dict[str, Tensor]:
     """By node, the change (N, T) of its activation from each prompt to its counterfactual."""
     reads = _read(sparse, prompts.data.tokens, sorted({d.read for d in found}))
-    moved = {name: changes(x, prompts.data, prompts.everywhere) for name, x in reads.items()}
+    moved = {name: changes(x, prompts.data) for name, x in reads.items()}
     return {d.node: moved[d.read][..., d.channel] for d in found}
 
 
@@ -87,13 +89,33 @@ def along(found: Sequence[Direction], moved: Mapping[str, Tensor]) -> Pushes:
     return {read: _push(moved, here, *_basis(here)) for read, here in by_read(found).items()}
 
 
-def along_random(found: Sequence[Direction], moved: Mapping[str, Tensor], generator: torch.Generator) -> Pushes:
-    """The same along random directions, whose lengths and angles at each read are those of the given ones."""
-    pushes = {}
-    for read, here in by_read(found).items():
-        coordinates, rows = _basis(here)
-        pushes[read] = _push(moved, here, coordinates, _random_rows(rows, generator))
-    return pushes
+def turned(found: Sequence[Direction], generator: torch.Generator) -> list[Direction]:
+    """Random directions, whose lengths and angles, at and between reads, are those of the given ones.
+
+    One rotation turns all of them: drawn anew at each read, what they do would cancel out between reads.
+    """
+    coordinates, rows = _basis(found)
+    vectors = coordinates @ _random_rows(rows, generator)
+    return [replace(direction, vector=vector) for direction, vector in zip(found, vectors, strict=True)]
+
+
+def steepest(
+    dense: Residuals, prompts: Prompts, moved: Mapping[str, Tensor], found: Sequence[Direction]
+) -> list[Direction]:
+    """Directions as long as the given ones that raise the other answer most, to first order, on these prompts.
+
+    What the nodes change and where is as given, so that this is what could be reached with them.
+    """
+    vectors = [torch.zeros_like(d.vector, requires_grad=True) for d in found]
+    for rows in _chunks(prompts.data):
+        added: dict[str, Tensor] = {}
+        for d, v in zip(found, vectors, strict=True):
+            added[d.dense_read] = added.get(d.dense_read, 0) + moved[d.node][rows, :, None] * v
+        edits = {read: _adding(change) for read, change in added.items()}
+        _answers(dense, prompts.data.take(rows), edits)[:, 1].sum().backward()
+    return [
+        replace(d, vector=F.normalize(v.grad, dim=0) * d.vector.norm()) for d, v in zip(found, vectors, strict=True)
+    ]
 
 
 def along_own_random(direction: Direction, moved: Mapping[str, Tensor], generator: torch.Generator) -> Pushes:
@@ -199,13 +221,20 @@ def answers(logits: Tensor, data: TaskData) -> Tensor:
 
 @torch.no_grad()
 def _in_chunks(dense: Residuals, data: TaskData, edits: Callable[[slice], dict[str, Edit]]) -> Tensor:
-    found = []
-    for first in range(0, len(data), CHUNK):
-        rows = slice(first, first + CHUNK)
-        part = data.take(rows)
-        logits = dense.steer(part.tokens, edits(rows))
-        found.append(answers(logits[torch.arange(len(part), device=logits.device), part.last], part))
-    return torch.cat(found)
+    return torch.cat([_answers(dense, data.take(rows), edits(rows)) for rows in _chunks(data)])
+
+
+def _answers(dense: Residuals, data: TaskData, edits: Mapping[str, Edit]) -> Tensor:
+    logits = dense.steer(data.tokens, edits)
+    return answers(logits[torch.arange(len(data), device=logits.device), data.last], data)
+
+
+def _chunks(data: TaskData) -> list[slice]:
+    return [slice(first, first + CHUNK) for first in range(0, len(data), CHUNK)]
+
+
+def _adding(change: Tensor) -> Edit:
+    return lambda x: x + change.reshape(x.shape)
 
 
 def _push(moved: Mapping[str, Tensor], here: Sequence[Direction], coordinates: Tensor, rows: Tensor) -> Push:

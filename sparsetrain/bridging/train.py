@@ -27,7 +27,7 @@ from sparsetrain.bridging.fitting import Fitting
 from sparsetrain.bridging.quality import quality, worst
 from sparsetrain.bridging.residuals import BridgeError, Residuals
 from sparsetrain.bridging.same_tokens import same_tokens
-from sparsetrain.config import ConfigError, config_to_yaml, load_config
+from sparsetrain.config import ConfigError, DataOptions, config_to_yaml, load_config
 from sparsetrain.data import Corpus, batch, evaluation_batches, prepare
 from sparsetrain.files import write_json, write_whole
 from sparsetrain.kernels import ops
@@ -35,7 +35,7 @@ from sparsetrain.loop import TrainingError, run_steps
 from sparsetrain.model import Transformer, n_kept
 from sparsetrain.pruning.edges import weights_hash
 from sparsetrain.record import Recorder
-from sparsetrain.step import Training
+from sparsetrain.step import Training, add_gradients_
 from sparsetrain.train import RunSteps, pick_device, refuse_changes, train
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class _JointSteps(RunSteps):
         return {"bridge": worst(_finish(self.fitting, self.bridge_folder, self.run.corpus))}
 
 
-class _FitSteps:
+class FitSteps:
     """A bridge to a sparse model that is trained already and stays as it is (`loop.Steps`)."""
 
     def __init__(self, config: BridgeConfig, sparse: OwnModel, dense: Residuals, device: torch.device, folder: Path):
@@ -125,12 +125,12 @@ class _FitSteps:
         return x.to(self.device), y.to(self.device)
 
     def advance(self) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bfloat16"):
-            loss = self.fitting.loss(*self._batch(), self.step, self.sparse.model)
-        loss.backward()
+        loss = add_gradients_(
+            self.config, lambda x, y: self.fitting.loss(x, y, self.step, self.sparse.model), *self._batch()
+        )
         self.fitting.step_(self.step / self.config.train.steps)
         self.step += 1
-        return loss.detach()
+        return loss
 
     def numbers(self, loss: float) -> dict[str, float]:
         return {"loss/train": loss, **self.fitting.numbers()}
@@ -165,18 +165,20 @@ def _regress(fitting: Fitting, tokens: np.ndarray, step: int) -> None:
     c = fitting.config
     n_batches = -(-64 * max(fitting.sparse.width, fitting.dense.width) // (c.train.batch_size * c.model.n_ctx))
     sizes = c.train.batch_size, c.model.n_ctx, c.train.stride
-    drawn = (batch(tokens, c.run.seed, step + i, 0, *sizes)[0] for i in range(n_batches))
-    fitting.regress_(x.to(fitting.device) for x in drawn)
+    drawn = [batch(tokens, c.run.seed, step + i, 0, *sizes)[0] for i in range(n_batches)]
+    fitting.regress_([x.to(fitting.device) for x in drawn])
 
 
 def _fit(config: BridgeConfig, dense: Residuals, device: torch.device) -> Path:
     model, tokenizer, run = checkpoint.load_run(config.bridge.sparse, device)
-    config = dataclasses.replace(config, data=run.data, model=run.model, sparsity=run.sparsity)
+    cache = run.data.cache if config.data.cache == DataOptions().cache else config.data.cache
+    data = dataclasses.replace(run.data, cache=cache)
+    config = dataclasses.replace(config, data=data, model=run.model, sparsity=run.sparsity)
     _check(config, dense, tokenizer)
     sparse = OwnModel(model.requires_grad_(False), tokenizer)
     folder = _begin(config, {"dense": dense, "sparse": sparse})
     with ops.using(config.run.kernels):
-        steps = _FitSteps(config, sparse, dense, device, folder)
+        steps = FitSteps(config, sparse, dense, device, folder)
         if steps.step < config.train.steps:
             run_steps(steps, config.train, config.run.threads)
         if not is_finished(folder):
@@ -185,10 +187,15 @@ def _fit(config: BridgeConfig, dense: Residuals, device: torch.device) -> Path:
 
 
 def _with_whole_paths(config: BridgeConfig) -> BridgeConfig:
-    """The config with folders of models from the root, so that they are found from any other folder too."""
+    """The config with models and tokenizer from the root, so that they are found from any other folder too."""
     given = {"dense": config.bridge.dense, "sparse": config.bridge.sparse}
     whole = {key: str(Path(name).resolve()) for key, name in given.items() if name and Path(name).is_dir()}
-    return dataclasses.replace(config, bridge=dataclasses.replace(config.bridge, **whole))
+    config = dataclasses.replace(config, bridge=dataclasses.replace(config.bridge, **whole))
+    return _with_given_tokenizer(config, Path(config.data.tokenizer)) if config.data.tokenizer else config
+
+
+def _with_given_tokenizer(config: BridgeConfig, file: Path) -> BridgeConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(file.resolve())))
 
 
 def _with_tokenizer(config: BridgeConfig, dense: Residuals) -> BridgeConfig:
@@ -199,7 +206,7 @@ def _with_tokenizer(config: BridgeConfig, dense: Residuals) -> BridgeConfig:
     file = Path(config.data.cache) / f"tokenizer-{hashlib.sha256(text).hexdigest()[:12]}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, text)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(file)))
+    return _with_given_tokenizer(config, file)
 
 
 def _check(config: BridgeConfig, dense: Residuals, tokenizer: Tokenizer) -> None:

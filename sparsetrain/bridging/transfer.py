@@ -20,7 +20,7 @@ from sparsetrain.bridging.residuals import BridgeError, Residuals
 from sparsetrain.bridging.same_tokens import same_tokens
 from sparsetrain.bridging.train import check_models, is_finished, load_bridge
 from sparsetrain.config import RunConfig
-from sparsetrain.data import Corpus, batch, evaluation_batches
+from sparsetrain.data import Corpus, batch, evaluation_batches, file_hash
 from sparsetrain.files import write_json
 from sparsetrain.pruning.circuit import Circuit, CircuitError, circuit_folder, load_circuit
 from sparsetrain.pruning.edges import weights_hash
@@ -29,7 +29,7 @@ from sparsetrain.tasks import TaskData, TaskError, encode_task, load_task
 
 log = logging.getLogger(__name__)
 
-FORMAT = "sparsetrain-transfer-1"
+FORMAT = "sparsetrain-transfer-2"
 N_TOKENS = 4096  # of training text for means and scales, and of held-out text for the loss
 
 
@@ -72,10 +72,11 @@ def transfer(
         why = next(iter(left.values()), "none of its nodes reads the residual stream")
         raise BridgeError(f"the circuit in {folder} must have a node that can be carried across, got none: {why}")
     seed = carried.settings["prune"]["seed"]
-    heldout, train, everywhere = _task_data(carried, sparse, n_pairs, seed, device)
-    case = _case(sparse, dense, found, (heldout, train, everywhere), reference, corpus, run_config, n_random, seed)
+    heldout, train = _task_data(carried, sparse, n_pairs, seed, device)
+    case = _case(sparse, dense, found, (heldout, train), reference, corpus, run_config, n_random, seed)
     facts = {
-        "format": FORMAT, "task": carried.task, "circuit": circuit, "bridge": bridge, "dense": config.bridge.dense,
+        "format": FORMAT, "made_of": made_of(folder, _bridge_folder(run, bridge)),
+        "task": carried.task, "circuit": circuit, "bridge": bridge, "dense": config.bridge.dense,
         "n_nodes": len(carried.node_names()), "not_transferable": left,
         "explained_to_dense": _explained(_bridge_folder(run, bridge), loaded, found),
         "answers": [tokenizer.decode([int(heldout.correct[side::2].mode().values)]) for side in (0, 1)],
@@ -84,6 +85,14 @@ def transfer(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "transfer.json", facts | measure(case))
     return out / "transfer.json"
+
+
+def made_of(circuit: Path, bridge: Path) -> dict[str, str]:
+    """What tells the circuit and the bridge that a transfer rests on: the hashes of their tensors."""
+    return {
+        "circuit": file_hash(circuit / "masks.safetensors"),
+        "bridge": file_hash(bridge / "bridge.safetensors"),
+    }
 
 
 def _bridge_folder(run: str | Path, bridge: str) -> Path:
@@ -118,8 +127,8 @@ def _reference(corpus: Corpus, config: RunConfig) -> Tensor:
 
 def _task_data(
     circuit: Circuit, sparse: OwnModel, n_pairs: int, seed: int, device: str | torch.device
-) -> tuple[TaskData, TaskData, bool]:
-    """Held-out and training prompts; and whether those of a pair are equally long."""
+) -> tuple[TaskData, ...]:
+    """Held-out and training prompts; those of a pair are equally long where such pairs can be had."""
     task = load_task(circuit.settings.get("task", circuit.task))
 
     def drawn(aligned: bool) -> tuple[TaskData, ...]:
@@ -128,20 +137,19 @@ def _task_data(
         return tuple(part.trimmed().to(device) for part in parts)
 
     try:
-        return *drawn(True), True
+        return drawn(True)
     except TaskError:  # which another draw repeats, if it is not for the lengths
         found = drawn(False)
-        log.info("prompts of %s's pairs differ in length here: compared at their last token alone", task.name)
-        return *found, False
+        log.info("prompts of %s's pairs differ in length here: compared from their last tokens back", task.name)
+        return found
 
 
 def _case(
-    sparse: OwnModel, dense: Residuals, found: list[Direction], drawn: tuple[TaskData, TaskData, bool],
+    sparse: OwnModel, dense: Residuals, found: list[Direction], drawn: tuple[TaskData, ...],
     reference: Tensor, corpus: Corpus, config: RunConfig, n_random: int, seed: int,
 ) -> Case:  # fmt: skip
-    *parts, everywhere = drawn
     names = list(steering.by_read(found))
-    prompts = [steering.read_prompts(dense, data, everywhere, names) for data in parts]
+    prompts = [steering.read_prompts(dense, data, names) for data in drawn]
     heldout, train = ((p, steering.node_changes(sparse, found, p)) for p in prompts)
     with torch.no_grad():
         seen = dense.run(reference, names)[0]
@@ -149,7 +157,7 @@ def _case(
     batches = evaluation_batches(corpus.tokens("val"), -(-N_TOKENS // (size * n_ctx)), size, n_ctx, config.train.stride)
     text = [(x.to(reference.device), y.to(reference.device)) for x, y in batches]
     means = {name: seen[name].flatten(0, -2).mean(0) for name in names}
-    return Case(dense, found, heldout, train, means, text, steering.plain(dense, parts[1]), n_random, seed)
+    return Case(dense, found, heldout, train, means, text, steering.plain(dense, drawn[1]), n_random, seed)
 
 
 def _explained(folder: Path, bridge: Bridge, found: list[Direction]) -> dict[str, float]:

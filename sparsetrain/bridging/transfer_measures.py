@@ -48,6 +48,40 @@ def rise(found: Tensor, base: Tensor) -> float:
     return (found[:, 1] - base[:, 1]).mean().item()
 
 
+def against_random(found: Tensor, draws: Tensor, base: Tensor) -> dict[str, float | None]:
+    """How much the other answer's probability rises beside what random directions do.
+
+    Args:
+        found, base: answers (N, 3), steered and not.
+        draws: answers (R, N, 3) along random directions.
+
+    Returns:
+        `rise`; `random_rise`, the mean over draws, `random_lowest`, `random_highest`; `random_size`, the mean of its
+        absolute value, so that rises and falls do not cancel out; `ratio` of rise to random_size, None where random
+        directions do nothing; `low`, `high`: 95 % of the ratio by bootstrap over pairs and draws.
+    """
+    ours = (found[:, 1] - base[:, 1]).double().cpu().view(-1, 2).mean(1)  # (P,)
+    theirs = (draws[..., 1] - base[:, 1]).double().cpu().unflatten(1, (-1, 2)).mean(2)  # (R, P)
+    each, size = theirs.mean(1), theirs.mean(1).abs().mean()
+    generator = torch.Generator().manual_seed(0)
+    pairs, drawn = (torch.randint(n, (RESAMPLES, n), generator=generator) for n in (len(ours), len(theirs)))
+    sizes = theirs[drawn[:, :, None], pairs[:, None]].mean(2).abs().mean(1)
+    low, high = _interval(ours[pairs].mean(1) / sizes)
+    ratio = (ours.mean() / size).item() if size else None
+    return {
+        "rise": ours.mean().item(), "random_rise": each.mean().item(), "random_lowest": each.min().item(),
+        "random_highest": each.max().item(), "random_size": size.item(), "ratio": ratio,
+        "low": low if size else None, "high": high if size else None,
+    }  # fmt: skip
+
+
+def _interval(resampled: Tensor) -> tuple[float, float]:
+    """Where 95 % of the resampled values are."""
+    ordered = resampled.sort().values
+    low, high = (ordered[int(q * (len(ordered) - 1))].item() for q in (0.025, 0.975))
+    return low, high
+
+
 def share(found: Tensor, base: Tensor, target: Tensor) -> dict[str, float]:
     """How far the logit difference was moved from the prompts' (0) to their counterfactuals' (1).
 
@@ -62,8 +96,7 @@ def share(found: Tensor, base: Tensor, target: Tensor) -> dict[str, float]:
     moved, way = ((x[:, 2] - base[:, 2]).double().cpu().view(-1, 2).sum(1) for x in (found, target))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(len(moved), (RESAMPLES, len(moved)), generator=generator)
-    resampled = (moved[rows].sum(1) / way[rows].sum(1)).sort().values
-    low, high = (resampled[int(q * (RESAMPLES - 1))].item() for q in (0.025, 0.975))
+    low, high = _interval(moved[rows].sum(1) / way[rows].sum(1))
     return {"value": (moved.sum() / way.sum()).item(), "low": low, "high": high}
 
 
@@ -84,7 +117,7 @@ def defined(base: Tensor) -> tuple[bool, dict[str, Any]]:
 def describe(found: dict[str, Any]) -> str:
     """A transfer as a table."""
     task, ablation, left = found["dense_model"], found["ablation"], found["not_transferable"]
-    best = [one["node"] for one in found["one_node"]]
+    best = [node for one in found["one_node"] for node in one["nodes"]]
     lines = [
         f"{found['task']}: {len(found['nodes'])} of the {len(found['nodes']) + len(left)} nodes that read the residual "
         f"stream carried to {found['dense']}",
@@ -100,12 +133,15 @@ def describe(found: dict[str, Any]) -> str:
             f" {mark}{node['node']:28} {node['dense_read']:20} {node['rise']:+17.4f} {node['random_rise']:+9.4f} "
             f"{node['probe_rise']:+9.4f} {node['share']:+7.3f}"
         )
-    for one in found["one_node"]:
-        ratio = "not defined" if one["ratio"] is None else f"{one['ratio']:.1f}"
+    lines.append(
+        f"  alone, chosen on training prompts, beside {found['n_random']} random directions; the counterfactual itself "
+        f"{found['counterfactual_rise']:+.4f}"
+    )
+    for one in [*found["one_node"], *found["one_channel"]]:
         lines.append(
-            f"  * {one['node']}, chosen on training prompts: {one['rise']:+.4f}; {found['n_random']} random directions "
-            f"{one['random_rise']:+.4f} ({one['random_lowest']:+.4f} to {one['random_highest']:+.4f}), of mean size "
-            f"{one['random_size']:.4f}: ratio {ratio}"
+            f"  * {', '.join(one['nodes'])}: {one['rise']:+.4f}; random {one['random_rise']:+.4f} "
+            f"({one['random_lowest']:+.4f} to {one['random_highest']:+.4f}), of mean size {one['random_size']:.4f}: "
+            f"ratio {ratio_text(one)}; the steepest direction of this length {one['steepest_rise']:+.4f}"
         )
     for key, name in (("logit_difference", "logit difference"), ("text_loss", "loss on other text")):
         a = ablation[key]
@@ -115,6 +151,11 @@ def describe(found: dict[str, Any]) -> str:
             f"the probe's {a['probe']:.3f})"
         )
     return "\n".join(lines)
+
+
+def ratio_text(one: dict[str, Any]) -> str:
+    """A ratio to random directions with its interval, or that there is none."""
+    return "not defined" if one["ratio"] is None else f"{one['ratio']:.1f} ({one['low']:.1f} to {one['high']:.1f})"
 
 
 def _share_lines(found: dict[str, Any]) -> list[str]:
