@@ -396,6 +396,10 @@ def found(bridged):
     return json.loads(transfer(bridged, "single_double_quote", n_pairs=4, n_random=3).read_text())
 
 
+def own_sites(run):
+    return OwnModel(*sparsetrain.load(run)).sites
+
+
 def test_the_result_is_complete(found, bridged):
     assert (bridged / "bridges/dense/transfer/single_double_quote/node_masks/transfer.json").exists()
     nodes = ["blocks.0.attn_in:3", "blocks.1.mlp_in:1", "blocks.1.mlp_in:4", "final_resid:9"]
@@ -403,7 +407,13 @@ def test_the_result_is_complete(found, bridged):
     assert found["one_node"][-1]["nodes"][0] in nodes[:3] and found["not_transferable"] == {}
     assert found["made_of"].keys() == {"circuit", "bridge"}
     assert found["n_prompts"] == 8 and found["strengths"] == pytest.approx([i / 10 for i in range(11)])
-    for one in found["one_node"]:
+    assert [one["nodes"] for one in found["one_node"]] == [[one["name"]] for one in found["one_node"]]
+    everywhere = [read if read != "final_in" else "final_resid" for read in map(read_of, own_sites(bridged))]
+    for one, reads in zip(found["one_channel"], (everywhere, everywhere[:-1]), strict=False):
+        channel = one["name"].removeprefix("channel ")
+        assert channel in {"3", "1", "4", "9"} and one["nodes"] == [f"{read}:{channel}" for read in reads]
+    assert len(found["one_channel"]) == 2
+    for one in [*found["one_node"], *found["one_channel"]]:
         assert one["random_lowest"] <= one["random_rise"] <= one["random_highest"]
         assert one["ratio"] == pytest.approx(one["rise"] / one["random_size"])
     assert found["explained_to_dense"].keys() == {"blocks.0.resid_pre", "blocks.1.resid_mid", "final_resid"}
