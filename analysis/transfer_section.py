@@ -98,11 +98,12 @@ def _tiles(found: dict[str, Any]) -> str:
 def _alone_told(one: Mapping[str, Any]) -> tuple[str, str]:
     """Of some nodes alone their ratio to random directions, and what it is a ratio of."""
     ratio = "not defined" if one["ratio"] is None else f"{one['ratio']:.1f} x random"
+    most = one["steepest_rise"]
+    steepest = "" if most is None else f"; by the steepest direction of its length {most:+.4f}"
     interval = "" if one["ratio"] is None else f"{one['low']:.1f} to {one['high']:.1f} over pairs and draws; "
     return ratio, (
         f"{interval}P(other answer) {one['rise']:+.4f}; by random directions {one['random_rise']:+.4f} "
-        f"({one['random_lowest']:+.4f} to {one['random_highest']:+.4f}); by the steepest direction of its length "
-        f"{one['steepest_rise']:+.4f}"
+        f"({one['random_lowest']:+.4f} to {one['random_highest']:+.4f}){steepest}"
     )
 
 

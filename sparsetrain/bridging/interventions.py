@@ -67,9 +67,9 @@ def measure(case: Case) -> dict[str, Any]:
         one_node: the node (a channel at one read, as in the paper) that raises the other answer most on training
         prompts, and that of those not read by the last norm: what each does to held-out prompts beside random
         directions, see `against_random`, and `steepest_rise`: what that direction of its length does that raises the
-        other answer most, to first order, on training prompts. No node that is as active could do more.
-        one_channel: the same of one of the nodes' channels at all reads together (of one place in the residual stream
-        at all depths), whether or not the circuit has it there.
+        other answer most, to first order, on training prompts. No node that is as active could do much more.
+        one_channel: the same, but for `steepest_rise`, of one of the nodes' channels at all reads together (of one
+        place in the residual stream at all depths), whether or not the circuit has it there.
         share: of the change of the logit difference from the prompt to its counterfactual, how much is moved at
         strength 1: `value`, `low`, `high` (95 % by bootstrap over pairs) of `circuit`, `random` (with the `lowest` and
         `highest` of its draws), `probe`, `patch`; None where the dense model cannot do the task.
@@ -191,16 +191,18 @@ def _inside(found: Sequence[Direction]) -> list[Direction]:
 
 
 def _alone(case: Case, nodes: list[Direction], base: Tensor) -> dict[str, Any]:
-    """The rise by some nodes, beside that by random directions and by the steepest ones."""
+    """The rise by some nodes, beside that by random directions, and of one node by the steepest one."""
     prompts, moved = case.heldout
 
     def steered(found: list[Direction]) -> Tensor:
         return steering.steer(case.dense, prompts, steering.along(found, moved), 1)
 
     draws = torch.stack([steered(steering.turned(nodes, case.generator(i))) for i in range(case.n_random)])
-    most = steered(steering.steepest(case.dense, *case.train, nodes))
+    steepest = None
+    if len(nodes) == 1:  # of several reads the first order says less: what one moves changes what the others find
+        steepest = rise(steered([steering.steepest(case.dense, *case.train, nodes[0])]), base)
     measured = against_random(steered(nodes), draws, base)
-    return {"nodes": [d.node for d in nodes], **measured, "steepest_rise": rise(most, base)}
+    return {"nodes": [d.node for d in nodes], **measured, "steepest_rise": steepest}
 
 
 def _alignment(prompts: Prompts) -> str:

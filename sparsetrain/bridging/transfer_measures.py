@@ -141,7 +141,7 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(
             f"  * {one['name']} ({_places(one)}): {one['rise']:+.4f}; random {one['random_rise']:+.4f} "
             f"({one['random_lowest']:+.4f} to {one['random_highest']:+.4f}), of mean size {one['random_size']:.4f}: "
-            f"ratio {ratio_text(one)}; the steepest direction of this length {one['steepest_rise']:+.4f}"
+            f"ratio {ratio_text(one)}{_steepest(one)}"
         )
     for key, name in (("logit_difference", "logit difference"), ("text_loss", "loss on other text")):
         a = ablation[key]
@@ -155,6 +155,11 @@ def describe(found: dict[str, Any]) -> str:
 
 def _places(one: dict[str, Any]) -> str:
     return f"{len(one['nodes'])} reads" if len(one["nodes"]) > 1 else "one read"
+
+
+def _steepest(one: dict[str, Any]) -> str:
+    rise = one["steepest_rise"]
+    return "" if rise is None else f"; the steepest direction of this length {rise:+.4f}"
 
 
 def ratio_text(one: dict[str, Any]) -> str:
