@@ -28,9 +28,9 @@ READING = (
     "each token as the circuit's change there. The full patch is all that could be done at these reads; a probe knows "
     "the dense model but not the node, so that it may do less than the circuit or more. The one node was chosen on "
     "training prompts (the second, if there is one, among those that are not read by the last norm, where a direction "
-    "acts on the logits directly); so was the one channel of the residual stream, steered at all reads that the "
-    "circuit has of it. Their ratio is to the mean size of what random directions do. The steepest direction is, of "
-    "those as long, the one that raises the other answer most to first order on training prompts: its rise is about "
+    "acts on the logits directly); so was the one channel of the residual stream, steered at all reads, where the "
+    "circuit has it or not. Their ratio is to the mean size of what random directions do. The steepest direction is, "
+    "of those as long, the one that raises the other answer most to first order on training prompts: its rise is about "
     "the most that a node so active can do. Bands: one standard error over prompts, for random directions all draws."
 )
 TABLE_HEAD = (
@@ -86,8 +86,8 @@ def _tiles(found: dict[str, Any]) -> str:
         spread = f"{share['low']:.1%} to {share['high']:.1%} over pairs" if share else NOT_DEFINED
         before = f"; {inside['value']:.1%} before the last norm" if inside else ""
         tiles.append((f"Moved by {words.split(',')[0]}", value, spread + before))
-    for what, alone in (("node", found["one_node"]), ("channel", found["one_channel"])):
-        tiles += [(f"One {what}, {', '.join(one['nodes'])}", *_alone_told(one)) for one in alone]
+    for what, alone in (("node", found["one_node"]), ("channel of the residual stream", found["one_channel"])):
+        tiles += [(f"One {what}: {one['name']}, {len(one['nodes'])} reads", *_alone_told(one)) for one in alone]
     for key, words in (("logit_difference", "Logit difference without them"), ("text_loss", "Loss on other text")):
         a = found["ablation"][key]
         tiles.append((words, f"{a['after']:.3f}", f"before {a['before']:.3f}; random {a['random']['mean']:.3f}; "
@@ -98,11 +98,12 @@ def _tiles(found: dict[str, Any]) -> str:
 def _alone_told(one: Mapping[str, Any]) -> tuple[str, str]:
     """Of some nodes alone their ratio to random directions, and what it is a ratio of."""
     ratio = "not defined" if one["ratio"] is None else f"{one['ratio']:.1f} x random"
+    most = one["steepest_rise"]
+    steepest = "" if most is None else f"; by the steepest direction of its length {most:+.4f}"
     interval = "" if one["ratio"] is None else f"{one['low']:.1f} to {one['high']:.1f} over pairs and draws; "
     return ratio, (
         f"{interval}P(other answer) {one['rise']:+.4f}; by random directions {one['random_rise']:+.4f} "
-        f"({one['random_lowest']:+.4f} to {one['random_highest']:+.4f}); by the steepest direction of its length "
-        f"{one['steepest_rise']:+.4f}"
+        f"({one['random_lowest']:+.4f} to {one['random_highest']:+.4f}){steepest}"
     )
 
 

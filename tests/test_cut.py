@@ -1,6 +1,8 @@
 """From rankings to circuits, on losses whose smallest sets are known."""
 
+import logging
 import math
+import re
 
 import pytest
 import torch
@@ -59,6 +61,20 @@ def test_cleaning_makes_up_for_a_bad_ranking(graph, space):
     assert numbers(graph, cut.kept) == wanted
     uncleaned = cutting.smallest(space, ranked(graph, *others), needs(graph, *wanted), 0.0, clean_evaluations=0)
     assert len(numbers(graph, uncleaned.kept)) > len(wanted)
+
+
+def test_cleaning_without_a_terminal_says_now_and_then_how_far_it_is(graph, space, monkeypatch, caplog):
+    wanted, n = path(graph), n_edges(graph.edges)
+    others = [i for i in range(n) if i not in wanted]
+    with caplog.at_level(logging.INFO):
+        cutting.smallest(space, ranked(graph, *others), needs(graph, *wanted), 0.0)
+        assert not caplog.messages  # it takes less than the time between two lines
+        monkeypatch.setattr(cutting, "TELL_SECONDS", 0)
+        cut = cutting.smallest(space, ranked(graph, *others), needs(graph, *wanted), 0.0, clean_evaluations=50)
+    done = [re.fullmatch(r"cleaning: (\d+) of (\d+) edges looked at, (\d+) left, \d+ tries at most", line).groups()
+            for line in caplog.messages]  # fmt: skip
+    assert len(done) > 3 and int(done[-1][2]) == len(wanted) == len(numbers(graph, cut.kept))
+    assert any(looked_at == of for looked_at, of, _ in done)
 
 
 def test_few_needed_of_many_take_few_evaluations(graph, space):

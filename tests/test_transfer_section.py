@@ -25,9 +25,12 @@ def curve(*keys, n=11):
             for side in ("both", "to_negative", "to_positive")}  # fmt: skip
 
 
-def alone(nodes, ratio):
-    return {"nodes": nodes, "rise": 0.125, "random_rise": 0.0625, "random_lowest": -0.5, "random_highest": 0.25,
-            "random_size": 0.0125, "ratio": ratio, "low": 8.5, "high": 11.5, "steepest_rise": 0.375}  # fmt: skip
+def alone(name, n, ratio):
+    return {
+        "name": name, "nodes": [""] * n, "rise": 0.125, "random_rise": 0.0625, "random_lowest": -0.5,
+        "random_highest": 0.25, "random_size": 0.0125, "ratio": ratio, "low": 8.5, "high": 11.5,
+        "steepest_rise": 0.375 if n == 1 else None,
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def found():
         "share": {**dict.fromkeys(("circuit", "probe", "patch"), share), "random": share | {"lowest": 0, "highest": 1}},
         "nodes": [node | {"node": name} for name in NODES[:2]],
         "share_inside": dict.fromkeys(("circuit", "probe", "patch", "random"), share | {"value": 0.3125}),
-        "one_node": [alone([NODES[0]], 10.0)], "one_channel": [alone([NODES[1], "blocks.0.mlp_in:1"], 20.0)],
+        "one_node": [alone(NODES[0], 1, 10.0)], "one_channel": [alone("channel 1", 4, 20.0)],
         "ablation": {"n_directions": 2, "n_text_tokens": 4096, "logit_difference": row, "text_loss": row},
     }  # fmt: skip
 
@@ -60,10 +63,9 @@ def test_the_section_tells_shares_controls_and_every_direction(found):
     text = section(found, MADE_OF)
     assert text.count("<strong>62.5%</strong>") == 4 and "50.0% to 75.0% over pairs; 31.2% before the last norm" in text
     assert "<strong>10.0 x random</strong>" in text and "+0.1250; by random directions +0.0625" in text
-    assert "One channel, blocks.1.mlp_in:1, blocks.0.mlp_in:1</b><strong>20.0 x random" in text
-    assert text.count("8.5 to 11.5 over pairs and draws") == text.count(
-        "by the steepest direction of its length +0.3750"
-    )
+    assert "One channel of the residual stream: channel 1, 4 reads</b><strong>20.0 x random" in text
+    assert text.count("8.5 to 11.5 over pairs and draws") == 2
+    assert text.count("by the steepest direction of its length +0.3750") == 1  # of a node at one read
     rows = re.findall(r"<tr>((?:<td>[^<]*</td>)+)</tr>", text)
     cells = [re.findall(r"<td>([^<]*)</td>", row) for row in rows]
     assert cells == [
@@ -78,7 +80,7 @@ def test_the_section_tells_shares_controls_and_every_direction(found):
 
 
 def test_what_is_not_defined_is_said(found):
-    without = {"share": None, "share_inside": None, "one_node": [alone(NODES[:1], None)]}
+    without = {"share": None, "share_inside": None, "one_node": [alone(NODES[0], 1, None)]}
     text = section(found | without, MADE_OF)
     assert NOT_DEFINED in text and text.count("not defined") >= 5
 

@@ -5,6 +5,7 @@ residual norms; here the gains of both norms, and a norm's subtraction of the me
 is exact to first order where those are not one. "To first order": the scale that a norm divides by stays as it is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +126,7 @@ def transferred(
     left: dict[str, str] = {}
     for site in sparse.sites:
         read = read_of(site)
-        node_site = site if read == "final_in" else read
+        node_site = _node_site(site)
         channels = nodes[node_site].nonzero().flatten().tolist()
         names = {c: f"{node_site}:{c}" for c in channels}
         reason = _no_place(site, pairs, dense)
@@ -145,6 +146,29 @@ def transferred(
                 vector = push.push(bridge.direction(i, c) * pull.pull(c))
                 found.append(Direction(name, read, c, site, dense_site, dense_read, vector))
     return found, left
+
+
+def at_all_reads(found: Sequence[Direction], nodes: NodeSet, sparse: Residuals) -> NodeSet:
+    """The channels of directions as nodes at every read of the residual stream, where the circuit has them or not.
+
+    A channel of the stream is one place for all depths: what is written there is there for whatever reads it later.
+
+    Args:
+        found: the directions.
+        nodes: of any circuit of the sparse model; for the sites and their sizes.
+        sparse: that model.
+    """
+    channels = sorted({direction.channel for direction in found})
+    marked = {site: torch.zeros_like(mask) for site, mask in nodes.items()}
+    for site in sparse.sites:
+        marked[_node_site(site)][channels] = True
+    return marked
+
+
+def _node_site(site: str) -> str:
+    """Where the nodes are that read a residual site: at the read, but for the last norm's, which are at the site."""
+    read = read_of(site)
+    return site if read == "final_in" else read
 
 
 def _no_place(site: str, pairs: dict[str, tuple[int, str]], dense: Residuals) -> str:

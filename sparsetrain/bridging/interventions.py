@@ -1,7 +1,7 @@
 """All that is done to a dense model along the directions of a circuit, each intervention beside its controls."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class Case:
     Attributes:
         dense: the dense model.
         found: the directions.
+        channels: directions of their channels at all reads, in the circuit or not.
         heldout, train: prompts of the task, and on them the changes (N, T) of the nodes by name.
         means: of the dense model's reads (D,), on training text.
         text: held-out batches of tokens and targets.
@@ -37,6 +38,7 @@ class Case:
 
     dense: Residuals
     found: list[Direction]
+    channels: list[Direction]
     heldout: tuple[Prompts, dict[str, Tensor]]
     train: tuple[Prompts, dict[str, Tensor]]
     means: dict[str, Tensor]
@@ -65,9 +67,9 @@ def measure(case: Case) -> dict[str, Any]:
         one_node: the node (a channel at one read, as in the paper) that raises the other answer most on training
         prompts, and that of those not read by the last norm: what each does to held-out prompts beside random
         directions, see `against_random`, and `steepest_rise`: what that direction of its length does that raises the
-        other answer most, to first order, on training prompts. No node that is as active could do more.
-        one_channel: the same of a channel of the sparse model's residual stream, at all reads that the circuit has of
-        it together; empty where it has no channel twice.
+        other answer most, to first order, on training prompts. No node that is as active could do much more.
+        one_channel: the same, but for `steepest_rise`, of one of the nodes' channels at all reads together (of one
+        place in the residual stream at all depths), whether or not the circuit has it there.
         share: of the change of the logit difference from the prompt to its counterfactual, how much is moved at
         strength 1: `value`, `low`, `high` (95 % by bootstrap over pairs) of `circuit`, `random` (with the `lowest` and
         `highest` of its draws), `probe`, `patch`; None where the dense model cannot do the task.
@@ -101,8 +103,8 @@ def measure(case: Case) -> dict[str, Any]:
         "share_inside": shares_inside,
         "counterfactual_rise": rise(target, base),
         "nodes": [_node(case, d, base, target) for d in case.found],
-        "one_node": _best_alone(case, lambda found: [[d] for d in found], base),
-        "one_channel": _best_alone(case, _channels, base),
+        "one_node": _best_alone(case, {d.node: [d] for d in case.found}, base),
+        "one_channel": _best_alone(case, _by_channel(case.channels), base),
         "ablation": _ablation(case),
     }
 
@@ -158,22 +160,29 @@ def _node(case: Case, direction: Direction, base: Tensor, target: Tensor) -> dic
     }  # fmt: skip
 
 
-def _channels(found: Sequence[Direction]) -> list[list[Direction]]:
-    """The nodes of each channel of the sparse model's residual stream that the circuit reads more than once."""
-    channels: dict[int, list[Direction]] = {}
+def _by_channel(found: Sequence[Direction]) -> dict[str, list[Direction]]:
+    channels: dict[str, list[Direction]] = {}
     for direction in found:
-        channels.setdefault(direction.channel, []).append(direction)
-    return [nodes for nodes in channels.values() if len(nodes) > 1]
+        channels.setdefault(f"channel {direction.channel}", []).append(direction)
+    return channels
 
 
-def _best_alone(
-    case: Case, group: Callable[[Sequence[Direction]], list[list[Direction]]], base: Tensor
-) -> list[dict[str, Any]]:
+def _best_alone(case: Case, groups: dict[str, list[Direction]], base: Tensor) -> list[dict[str, Any]]:
     """What the group of nodes does that raises the other answer most on training prompts; and that of those without
     what the last norm reads."""
-    chosen = [_best(case, group(found)) for found in (case.found, _inside(case.found))]
-    names = [[d.node for d in nodes] for nodes in chosen]
-    return [_alone(case, nodes, base) for i, nodes in enumerate(chosen) if nodes and names[i] not in names[:i]]
+    measured = []
+    for some in (groups, {name: _inside(nodes) for name, nodes in groups.items()}):
+        name, nodes = max(some.items(), key=lambda item: _on_train(case, item[1]))
+        if nodes and [d.node for d in nodes] not in (one["nodes"] for one in measured):
+            measured.append({"name": name, **_alone(case, nodes, base)})
+    return measured
+
+
+def _on_train(case: Case, nodes: list[Direction]) -> float:
+    """The rise by some nodes on training prompts."""
+    prompts, moved = case.train
+    pushes = steering.along(nodes, moved)
+    return rise(steering.steer(case.dense, prompts, pushes, 1), case.train_base) if nodes else -1.0
 
 
 def _inside(found: Sequence[Direction]) -> list[Direction]:
@@ -181,26 +190,19 @@ def _inside(found: Sequence[Direction]) -> list[Direction]:
     return [d for d in found if d.dense_read != "final_in"]
 
 
-def _best(case: Case, groups: list[list[Direction]]) -> list[Direction]:
-    train, moved = case.train
-
-    def on_train(nodes: list[Direction]) -> float:
-        return rise(steering.steer(case.dense, train, steering.along(nodes, moved), 1), case.train_base)
-
-    return max(groups, key=on_train, default=[])
-
-
 def _alone(case: Case, nodes: list[Direction], base: Tensor) -> dict[str, Any]:
-    """The rise by some nodes, beside that by random directions and by the steepest ones."""
+    """The rise by some nodes, beside that by random directions, and of one node by the steepest one."""
     prompts, moved = case.heldout
 
     def steered(found: list[Direction]) -> Tensor:
         return steering.steer(case.dense, prompts, steering.along(found, moved), 1)
 
     draws = torch.stack([steered(steering.turned(nodes, case.generator(i))) for i in range(case.n_random)])
-    most = steered(steering.steepest(case.dense, *case.train, nodes))
+    steepest = None
+    if len(nodes) == 1:  # of several reads the first order says less: what one moves changes what the others find
+        steepest = rise(steered([steering.steepest(case.dense, *case.train, nodes[0])]), base)
     measured = against_random(steered(nodes), draws, base)
-    return {"nodes": [d.node for d in nodes], **measured, "steepest_rise": rise(most, base)}
+    return {"nodes": [d.node for d in nodes], **measured, "steepest_rise": steepest}
 
 
 def _alignment(prompts: Prompts) -> str:

@@ -99,23 +99,16 @@ def turned(found: Sequence[Direction], generator: torch.Generator) -> list[Direc
     return [replace(direction, vector=vector) for direction, vector in zip(found, vectors, strict=True)]
 
 
-def steepest(
-    dense: Residuals, prompts: Prompts, moved: Mapping[str, Tensor], found: Sequence[Direction]
-) -> list[Direction]:
-    """Directions as long as the given ones that raise the other answer most, to first order, on these prompts.
+def steepest(dense: Residuals, prompts: Prompts, moved: Mapping[str, Tensor], direction: Direction) -> Direction:
+    """The direction as long as the given one that raises the other answer most, to first order, on these prompts.
 
-    What the nodes change and where is as given, so that this is what could be reached with them.
+    What its node changes and where is as given, so that this is what could be reached with it.
     """
-    vectors = [torch.zeros_like(d.vector, requires_grad=True) for d in found]
+    vector = torch.zeros_like(direction.vector, requires_grad=True)
     for rows in _chunks(prompts.data):
-        added: dict[str, Tensor] = {}
-        for d, v in zip(found, vectors, strict=True):
-            added[d.dense_read] = added.get(d.dense_read, 0) + moved[d.node][rows, :, None] * v
-        edits = {read: _adding(change) for read, change in added.items()}
-        _answers(dense, prompts.data.take(rows), edits)[:, 1].sum().backward()
-    return [
-        replace(d, vector=F.normalize(v.grad, dim=0) * d.vector.norm()) for d, v in zip(found, vectors, strict=True)
-    ]
+        edit = _adding(moved[direction.node][rows, :, None] * vector)
+        _answers(dense, prompts.data.take(rows), {direction.dense_read: edit})[:, 1].sum().backward()
+    return replace(direction, vector=F.normalize(vector.grad, dim=0) * direction.vector.norm())
 
 
 def along_own_random(direction: Direction, moved: Mapping[str, Tensor], generator: torch.Generator) -> Pushes:

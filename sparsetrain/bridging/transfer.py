@@ -14,7 +14,7 @@ from sparsetrain import checkpoint
 from sparsetrain.bridging import steering
 from sparsetrain.bridging.bridge import Bridge
 from sparsetrain.bridging.dense import OwnModel, load_dense
-from sparsetrain.bridging.directions import Direction, transferred
+from sparsetrain.bridging.directions import Direction, at_all_reads, transferred
 from sparsetrain.bridging.interventions import Case, measure
 from sparsetrain.bridging.residuals import BridgeError, Residuals
 from sparsetrain.bridging.same_tokens import same_tokens
@@ -73,7 +73,9 @@ def transfer(
         raise BridgeError(f"the circuit in {folder} must have a node that can be carried across, got none: {why}")
     seed = carried.settings["prune"]["seed"]
     heldout, train = _task_data(carried, sparse, n_pairs, seed, device)
-    case = _case(sparse, dense, found, (heldout, train), reference, corpus, run_config, n_random, seed)
+    channels = transferred(at_all_reads(found, carried.nodes, sparse), loaded, sparse, dense, reference)[0]
+    directions = found, channels
+    case = _case(sparse, dense, directions, (heldout, train), reference, corpus, run_config, n_random, seed)
     facts = {
         "format": FORMAT, "made_of": made_of(folder, _bridge_folder(run, bridge)),
         "task": carried.task, "circuit": circuit, "bridge": bridge, "dense": config.bridge.dense,
@@ -145,19 +147,19 @@ def _task_data(
 
 
 def _case(
-    sparse: OwnModel, dense: Residuals, found: list[Direction], drawn: tuple[TaskData, ...],
+    sparse: OwnModel, dense: Residuals, directions: tuple[list[Direction], ...], drawn: tuple[TaskData, ...],
     reference: Tensor, corpus: Corpus, config: RunConfig, n_random: int, seed: int,
 ) -> Case:  # fmt: skip
-    names = list(steering.by_read(found))
+    names = list(steering.by_read(directions[1]))
     prompts = [steering.read_prompts(dense, data, names) for data in drawn]
-    heldout, train = ((p, steering.node_changes(sparse, found, p)) for p in prompts)
+    heldout, train = ((p, steering.node_changes(sparse, directions[1], p)) for p in prompts)
     with torch.no_grad():
         seen = dense.run(reference, names)[0]
     size, n_ctx = config.train.batch_size, config.model.n_ctx
     batches = evaluation_batches(corpus.tokens("val"), -(-N_TOKENS // (size * n_ctx)), size, n_ctx, config.train.stride)
     text = [(x.to(reference.device), y.to(reference.device)) for x, y in batches]
     means = {name: seen[name].flatten(0, -2).mean(0) for name in names}
-    return Case(dense, found, heldout, train, means, text, steering.plain(dense, drawn[1]), n_random, seed)
+    return Case(dense, *directions, heldout, train, means, text, steering.plain(dense, drawn[1]), n_random, seed)
 
 
 def _explained(folder: Path, bridge: Bridge, found: list[Direction]) -> dict[str, float]:

@@ -117,7 +117,7 @@ def defined(base: Tensor) -> tuple[bool, dict[str, Any]]:
 def describe(found: dict[str, Any]) -> str:
     """A transfer as a table."""
     task, ablation, left = found["dense_model"], found["ablation"], found["not_transferable"]
-    best = [node for one in found["one_node"] for node in one["nodes"]]
+    best = [one["name"] for one in found["one_node"]]
     lines = [
         f"{found['task']}: {len(found['nodes'])} of the {len(found['nodes']) + len(left)} nodes that read the residual "
         f"stream carried to {found['dense']}",
@@ -139,9 +139,9 @@ def describe(found: dict[str, Any]) -> str:
     )
     for one in [*found["one_node"], *found["one_channel"]]:
         lines.append(
-            f"  * {', '.join(one['nodes'])}: {one['rise']:+.4f}; random {one['random_rise']:+.4f} "
+            f"  * {one['name']} ({_places(one)}): {one['rise']:+.4f}; random {one['random_rise']:+.4f} "
             f"({one['random_lowest']:+.4f} to {one['random_highest']:+.4f}), of mean size {one['random_size']:.4f}: "
-            f"ratio {ratio_text(one)}; the steepest direction of this length {one['steepest_rise']:+.4f}"
+            f"ratio {ratio_text(one)}{_steepest(one)}"
         )
     for key, name in (("logit_difference", "logit difference"), ("text_loss", "loss on other text")):
         a = ablation[key]
@@ -151,6 +151,15 @@ def describe(found: dict[str, Any]) -> str:
             f"the probe's {a['probe']:.3f})"
         )
     return "\n".join(lines)
+
+
+def _places(one: dict[str, Any]) -> str:
+    return f"{len(one['nodes'])} reads" if len(one["nodes"]) > 1 else "one read"
+
+
+def _steepest(one: dict[str, Any]) -> str:
+    rise = one["steepest_rise"]
+    return "" if rise is None else f"; the steepest direction of this length {rise:+.4f}"
 
 
 def ratio_text(one: dict[str, Any]) -> str:

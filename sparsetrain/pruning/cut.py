@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from sparsetrain.tasks import TaskData
 log = logging.getLogger(__name__)
 
 ORDER_PROMPTS = 64  # prompts that the order of cleaning is measured on
+TELL_SECONDS = 30.0  # between lines of the log where there is no terminal for a bar
 ORDER_SHARE = 0.25  # of the evaluations that cleaning may take, spent on that order at most
 
 Loss = Callable[[Units], float]  # less is better
@@ -158,7 +160,7 @@ def clean(space: Space, cut: Cut, order: list[Unit], loss: "_Counted", most: int
     before = -1
     while n_units(cut.kept) not in (0, before) and loss.n < stop:
         before = n_units(cut.kept)
-        progress = tqdm(desc="cleaning", unit=f" {space.units}", total=before, disable=None)
+        progress = _Progress("cleaning", space.units, before)
         waiting = [[unit for unit in order if cut.kept[unit[0]][unit[1]]]]
         while waiting and loss.n < stop:
             chunk = [unit for unit in waiting.pop() if cut.kept[unit[0]][unit[1]]]  # some went with the half of a pair
@@ -168,15 +170,31 @@ def clean(space: Space, cut: Cut, order: list[Unit], loss: "_Counted", most: int
             elif len(chunk) > 1:
                 middle = len(chunk) // 2
                 waiting += [chunk[middle:], chunk[:middle]]
-                continue
-            progress.update(len(chunk))
-        progress.close()
+                chunk = []  # of which nothing is known yet
+            progress.update(len(chunk), f"{n_units(cut.kept)} left, {stop - loss.n} tries at most")
+        progress.bar.close()
     return cut
 
 
 def worst_first(kept: Units, ranking: dict[str, Tensor]) -> list[Unit]:
     """The units of a set from the end of the ranking on."""
     return sorted(units(kept), key=lambda unit: ranking[unit[0]][unit[1]].item())
+
+
+class _Progress:
+    """A bar on standard error; where that is no terminal, a line of the log now and then."""
+
+    def __init__(self, what: str, unit: str, total: int):
+        self.bar = tqdm(desc=what, unit=f" {unit}", total=total, disable=None, leave=False)
+        self.what, self.of, self.n, self.told = what, f"{total} {unit}", 0, time.monotonic()
+
+    def update(self, n: int, more: str = "") -> None:
+        """So many more are done."""
+        self.n += n
+        self.bar.update(n)
+        if self.bar.disable and time.monotonic() - self.told >= TELL_SECONDS:
+            self.told = time.monotonic()
+            log.info("%s: %d of %s looked at%s", self.what, self.n, self.of, more and f", {more}")
 
 
 class _Counted:
@@ -216,8 +234,12 @@ def effects(problem: Problem, kept: Units, calibration: Calibration) -> dict[Uni
         return task_score(problem.space.logits(problem.data, some, problem.ablation), problem.data, calibration)[0]
 
     base = loss(kept)
-    alone = tqdm(units(kept), desc="without each", unit=f" {problem.space.units}", disable=None, leave=False)
-    return {unit: loss(without(kept, [unit])) - base for unit in alone}
+    progress, rises = _Progress("without each", problem.space.units, n_units(kept)), {}
+    for unit in units(kept):
+        rises[unit] = loss(without(kept, [unit])) - base
+        progress.update(1)
+    progress.bar.close()
+    return rises
 
 
 def _search(problem: Problem, method: Method) -> tuple[Cut, dict[str, Tensor], PruneConfig]:
