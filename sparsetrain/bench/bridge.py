@@ -18,6 +18,7 @@ SITES = ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")
 SIZES = ((2, 128, 64), (4, 256, 64), (8, 256, 64))  # layers, width of both models, tokens in a sequence
 QUICK = ((2, 32, 32),)
 ROUNDS = 20
+LONGEST = 60  # seconds for the rounds of one case
 
 
 def measure(device: torch.device, quick: bool, say: Callable[[str], None]) -> list[dict]:
@@ -30,7 +31,7 @@ def measure(device: torch.device, quick: bool, say: Callable[[str], None]) -> li
     for n_layers, d_model, n_ctx in QUICK if quick else SIZES:
         say(f"{n_layers} layers, width {d_model}")
         config = _config(n_layers, d_model, n_ctx, device)
-        rows.append({**config_row(config), "seconds": interleaved(_cases(config, device), ROUNDS, device)})
+        rows.append({**config_row(config), "seconds": interleaved(_cases(config, device), ROUNDS, device, LONGEST)})
     return rows
 
 
@@ -101,6 +102,6 @@ def summary(result: dict) -> str:
         lines.append(f"| {row['layers']}, {row['d_model']} | {' | '.join(cells)} |")
     return (
         f"{env['device']}, {env['threads']} thread(s), torch {env['versions']['torch']}, commit {env['commit']}, "
-        f"{env['date']}. Medians of {ROUNDS} interleaved rounds, density 1/16, both models of one size, "
+        f"{env['date']}. Medians of at most {ROUNDS} interleaved rounds, density 1/16, both models of one size, "
         "32 sequences of 64 tokens; in brackets the least and the greatest of the rounds.\n\n" + "\n".join(lines)
     )

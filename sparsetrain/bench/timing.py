@@ -10,22 +10,25 @@ import torch
 LONGEST = 10.0  # seconds that all rounds of one case may take: what is slower has fewer rounds
 
 
-def interleaved(cases: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def interleaved(
+    cases: dict[str, Callable[[], object]], rounds: int, device: torch.device, longest: float = LONGEST
+) -> dict[str, list[float]]:
     """Call every case once a round, so that a busy machine slows all of them alike.
 
     Each round has another order (the same in every run): what a case finds in the caches depends on the one before it.
 
     Args:
         cases: functions of no arguments, by name.
-        rounds: how many times each is timed, after two calls that are not; fewer where that would take over 10 s.
+        rounds: how many times each is timed, after two calls that are not; fewer where that would take over `longest`.
         device: on CUDA, events on the stream are timed; on a CPU, the clock.
+        longest: seconds that a case may take.
 
     Returns:
         For each name the seconds of its rounds, in order: the i-th of two names were taken side by side.
     """
     for case in cases.values():
         case()  # compiles, and makes what is made once
-    allowed = {name: min(rounds, max(1, int(LONGEST / _seconds(case, device)))) for name, case in cases.items()}
+    allowed = {name: min(rounds, max(1, int(longest / _seconds(case, device)))) for name, case in cases.items()}
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(rounds):
         for name in random.Random(i).sample(list(cases), len(cases)):
