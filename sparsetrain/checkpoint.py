@@ -151,13 +151,10 @@ def save_checkpoint(
     Args:
         beside: tensors of what is trained beside the model, by the names of their files (without suffix).
     """
-    tensors = {
-        "model": parallel.collected(_weights(model)),
-        "optimizer": parallel.collected(_moments(model, optimizer)),
-    }
+    held = {"model": _weights(model), "optimizer": _moments(model, optimizer)}
+    tensors = {name: parallel.collected(of_file) for name, of_file in held.items()} | dict(beside or {})
     if parallel.rank() == 0:
-        held = {**tensors, **(beside or {})}
-        save_state(run_dir, held, state, keep, tokenizer=file_hash(run_dir / "tokenizer.json"))
+        save_state(run_dir, tensors, state, keep, tokenizer=file_hash(run_dir / "tokenizer.json"))
 
 
 def save_state(

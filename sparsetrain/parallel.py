@@ -108,8 +108,9 @@ def _others(what: str = "are gone") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        said = str(error).splitlines()[0]
         raise ParallelError(
-            f"the other processes {what} ({str(error).splitlines()[0]}); the same command goes on from the last checkpoint"
+            f"the other processes {what} ({said}); the same command goes on from the last checkpoint"
         ) from error
 
 
@@ -118,8 +119,7 @@ def first_then_others(prepare: Callable[[], T]) -> T:
     if n_ranks() == 1:
         return prepare()
     found = prepare() if rank() == 0 else None
-    with _others():
-        dist.barrier()
+    anyone(False)  # waits for all
     return found if rank() == 0 else prepare()
 
 
@@ -232,6 +232,6 @@ def refuse_drift(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         dist.all_reduce(most, dist.ReduceOp.MAX)
     if drifted := [name for name, same in zip(held, least == most, strict=True) if not same]:
         raise ParallelError(
-            f"all processes must hold the same weights, got other ones of {', '.join(drifted)}; run them on machines of "
-            "one kind"
+            f"all processes must hold the same weights, got others of {', '.join(drifted)}; run them on one kind of "
+            "machine"
         )
