@@ -152,14 +152,13 @@ def anyone(flag: bool) -> bool:
 
 
 def average_(tensors: Iterable[Tensor]) -> None:
-    """Replace tensors, which have one shape in all processes, by their means over them."""
+    """Replace tensors, which have one shape and type in all processes, by their means over them: all in one message."""
     if n_ranks() == 1:
         return
     tensors = list(tensors)
-    with _others():
-        for work in [dist.all_reduce(x, async_op=True) for x in tensors]:
-            work.wait()
-    torch._foreach_div_(tensors, n_ranks())
+    means = sum_(torch.cat([x.flatten() for x in tensors])).div_(n_ranks())
+    for x, mean in zip(tensors, means.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(mean.view_as(x))
 
 
 def shard_(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
