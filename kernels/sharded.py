@@ -1,7 +1,7 @@
 """The projection of weights whose rows lie on several processes: exactly that of the whole, and no weight is sent.
 
-The least magnitude that is kept is found by bisection, a bit at a time: each process counts its own entries that reach
-the next guess, and the counts are added up over all of them. Magnitudes order like the bits of their floats.
+The least magnitude that is kept is found by bisection, some bits at a time: each process counts its own entries that
+reach the next guesses, and the counts are added up over all of them. Magnitudes order like the bits of their floats.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsetrain.kernels.ops import abs_topk
 
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+BITS = 2  # found at once, by 2^BITS - 1 guesses: fewer messages, more counting
 Budget = tuple[int, int, int]  # k, min_per_row, min_per_column: see `reference.project`
 
 
@@ -60,15 +61,18 @@ def _greatest(keys: list[Tensor], ks: list[int]) -> list[Tensor]:
         ks: how many of each column, at most its length on all processes.
     """
     sizes = [key.shape[1] for key in keys]
-    device, lowest = keys[0].device, torch.iinfo(keys[0].dtype).min
-    k = torch.tensor(ks).repeat_interleave(torch.tensor(sizes)).to(device)
-    bound = torch.full_like(k, lowest, dtype=keys[0].dtype)
-    for bit in (lowest, *(1 << i for i in reversed(range(keys[0].itemsize * 8 - 1)))):
-        guess = bound ^ bit  # from the sign on, whose absence is the greater half
-        bound = torch.where(_added_up(_counts(torch.ge, keys, guess)) >= k, guess, bound)
-    room = k - _added_up(_counts(torch.gt, keys, bound)) - _before(_counts(torch.eq, keys, bound))
+    k = torch.tensor(ks).repeat_interleave(torch.tensor(sizes)).to(keys[0].device)
+    bound = torch.full_like(k, torch.iinfo(keys[0].dtype).min)
+    for shift in reversed(range(0, 8 * keys[0].itemsize, BITS)):
+        guesses = bound + (torch.arange(1, 1 << BITS, device=k.device)[:, None] << shift)
+        counts = torch.stack([_counts(torch.ge, keys, guess) for guess in guesses])
+        bound += (_added_up(counts) >= k).sum(0) << shift
+    n_tied = k.new_zeros(dist.get_world_size(), k.numel())
+    n_tied[dist.get_rank()] = _counts(torch.eq, keys, bound)
+    n_greater, *n_tied = _added_up(torch.cat([_counts(torch.gt, keys, bound)[None], n_tied]))
+    room = k - n_greater - sum(n_tied[: dist.get_rank()])
     parts = zip(keys, bound.split(sizes), room.split(sizes), strict=True)
-    return [_kept(key, least, fits) for key, least, fits in parts]
+    return [_kept(key, least.to(key.dtype), fits) for key, least, fits in parts]
 
 
 def _kept(key: Tensor, least: Tensor, room: Tensor) -> Tensor:
@@ -79,17 +83,10 @@ def _kept(key: Tensor, least: Tensor, room: Tensor) -> Tensor:
 
 def _counts(compare: Callable[[Tensor, Tensor], Tensor], keys: list[Tensor], bounds: Tensor) -> Tensor:
     """How many entries of each column compare so with its bound, int64, column after column of all keys."""
-    parts = bounds.split([key.shape[1] for key in keys])
+    parts = bounds.to(keys[0].dtype).split([key.shape[1] for key in keys])
     return torch.cat([compare(key, bound).sum(0) for key, bound in zip(keys, parts, strict=True)])
 
 
 def _added_up(counts: Tensor) -> Tensor:
     dist.all_reduce(counts)
     return counts
-
-
-def _before(counts: Tensor) -> Tensor:
-    """The sum of these counts over the processes whose rows come before."""
-    of_each = counts.new_zeros(dist.get_world_size(), *counts.shape)
-    of_each[dist.get_rank()] = counts
-    return _added_up(of_each)[: dist.get_rank()].sum(0)
