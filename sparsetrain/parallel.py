@@ -85,11 +85,11 @@ def _refuse(config: RunConfig, device: torch.device) -> None:
     there = dist.is_available() and {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
     if without := [name for name in backends if not (there and there[name])]:
         problems.append(f"torch must have been built with {' and '.join(without)} to train in {n} processes, got none")
-    at = int(os.environ.get("LOCAL_RANK", "0"))
-    if device.type == "cuda" and at >= torch.cuda.device_count():
+    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", n))
+    if device.type == "cuda" and n_here > torch.cuda.device_count():
         problems.append(
-            f"there must be a CUDA device for each process of a machine, got {torch.cuda.device_count()} for at least "
-            f"{at + 1}; start as many with --nproc-per-node, or set run.device=cpu"
+            f"there must be a CUDA device for each of the {n_here} processes of this machine, got "
+            f"{torch.cuda.device_count()}; start as many with --nproc-per-node, or set run.device=cpu"
         )
     if problems:
         raise ConfigError("\n".join(problems))

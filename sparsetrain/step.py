@@ -115,7 +115,7 @@ def read_weights_(run: Training) -> None:
     if parallel.is_sharded(run.tensors[0].parameter):
         return
     c = run.config
-    n_tokens = c.train.batch_size // c.train.accumulate * c.model.n_ctx
+    n_tokens = c.train.batch_size // (c.train.accumulate * parallel.n_ranks()) * c.model.n_ctx
     progress = max(0, run.step - 1) / c.train.steps
     sparsity.read_all_(run.tensors, c.sparsity, progress, n_tokens, getattr(torch, c.run.dtype))
 
