@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sparsetrain import parallel
 from sparsetrain.config import SparsityOptions
 from sparsetrain.sparsity import Projected
 
@@ -34,7 +35,7 @@ def start_refill(tensors: list[Projected], options: SparsityOptions, step: int, 
     fewer candidates than entries by now.
 
     Args:
-        n_sequences: in a part of the batch; a share of the first part decides.
+        n_sequences: in a part of the batch, over all processes; a share of the first part decides.
     """
     if options.gradient == "dense":
         return Refill()
@@ -43,7 +44,7 @@ def start_refill(tensors: list[Projected], options: SparsityOptions, step: int, 
     refill = Refill([t for t in linear if n_candidates(t, options, progress) < t.size])
     for t in refill.due:
         if t.linear.candidates is not None:
-            t.linear.explore_blocks = max(1, round(options.refill_share * n_sequences))
+            t.linear.explore_blocks = parallel.n_mine(max(1, round(options.refill_share * n_sequences)))
             t.linear.explore = lambda gradient, t=t: _choose(refill, t, gradient, n_candidates(t, options, progress))
     return refill
 
@@ -51,7 +52,7 @@ def start_refill(tensors: list[Projected], options: SparsityOptions, step: int, 
 @torch.no_grad()
 def _choose(refill: Refill, t: Projected, gradient: Tensor, n: int) -> None:
     """Keep the entries where the dense gradient is greatest, and drop it: one matrix is whole at a time."""
-    refill.chosen[t.name] = gradient.abs_().flatten().topk(n).indices
+    refill.chosen[t.name] = parallel.sum_(gradient).abs_().flatten().topk(n).indices
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from sparsetrain import parallel
 from sparsetrain.config import ModelOptions, RunConfig, load_config
 from sparsetrain.data import Corpus, file_hash, prepare
 from sparsetrain.kernels.sparse_weight import SparseWeight
@@ -104,7 +105,7 @@ def fill(model: Transformer, tensors: Mapping[str, Tensor], source: Path) -> Non
         CheckpointError: names or shapes differ; every difference is listed.
     """
     _check_fit(model, tensors, source)
-    model.load_state_dict(dict(tensors))
+    model.load_state_dict({name: parallel.like(mine, tensors[name]) for name, mine in model.state_dict().items()})
 
 
 def build(options: ModelOptions, tensors: Mapping[str, Tensor], source: Path) -> Transformer:
@@ -144,14 +145,16 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
     beside: Mapping[str, Mapping[str, Tensor]] | None = None,
-) -> Path:
-    """Write a checkpoint of a run; see `save_state`.
+) -> None:
+    """Write a checkpoint of a run; see `save_state`. Of several processes all must call this, and the first writes.
 
     Args:
         beside: tensors of what is trained beside the model, by the names of their files (without suffix).
     """
-    tensors = {"model": _weights(model), "optimizer": _moments(model, optimizer), **(beside or {})}
-    return save_state(run_dir, tensors, state, keep, tokenizer=file_hash(run_dir / "tokenizer.json"))
+    held = {"model": _weights(model), "optimizer": _moments(model, optimizer)}
+    tensors = {name: parallel.collected(of_file) for name, of_file in held.items()} | dict(beside or {})
+    if parallel.rank() == 0:
+        save_state(run_dir, tensors, state, keep, tokenizer=file_hash(run_dir / "tokenizer.json"))
 
 
 def save_state(
@@ -211,7 +214,8 @@ def restore(folder: Path, model: Transformer, optimizer: torch.optim.Adam) -> No
         if (candidates := moments.get(f"{name}.candidates")) is not None:
             linear.hold_(candidates.long().to(linear.weight.device))
     for name, p in model.named_parameters():
-        optimizer.state[p] = {key: moments[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+        state = {key: parallel.like(p, moments[f"{name}.{key}"]).to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": moments[f"{name}.step"].to(p.device), **state}
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -225,12 +229,16 @@ def export_model(
 ) -> Path:
     """Write `model/`, which holds all that loading the finished model takes.
 
+    Of several processes all must call this, and the first writes.
+
     Args:
         beside: tensors of what belongs to the model, by the names of their files (without suffix).
     """
-    target = run_dir / "model"
+    target, weights = run_dir / "model", parallel.collected(_weights(model))
+    if parallel.rank():
+        return target
     with whole_folder(target) as folder:
-        for name, tensors in {"model": _weights(model), **(beside or {})}.items():
+        for name, tensors in {"model": weights, **(beside or {})}.items():
             save_sparse(folder / f"{name}.safetensors", tensors, tokenizer=file_hash(run_dir / "tokenizer.json"))
         (folder / "config.yaml").write_text(config_yaml)
         shutil.copy(run_dir / "tokenizer.json", folder / "tokenizer.json")

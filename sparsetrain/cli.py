@@ -163,11 +163,13 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from sparsetrain.files import WriteError
     from sparsetrain.locality.positions import LocalityError
     from sparsetrain.loop import Interrupted, TrainingError
+    from sparsetrain.parallel import ParallelError
     from sparsetrain.pruning.circuit import CircuitError
     from sparsetrain.tasks import TaskError
 
     files = DataError, CheckpointError, CircuitError, WriteError
-    return ConfigError, *files, TaskError, TrainingError, Interrupted, BenchError, BridgeError, LocalityError
+    training = TrainingError, Interrupted, ParallelError
+    return ConfigError, *files, *training, TaskError, BenchError, BridgeError, LocalityError
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -175,9 +177,12 @@ def _train(options: argparse.Namespace) -> None:
     if options.print_config:
         print(config_to_yaml(config), end="")
         return
+    from sparsetrain.parallel import number
     from sparsetrain.train import train
 
     run_dir = train(config)
+    if number():  # of several processes the first has the word
+        return
     print((run_dir / "summary.json").read_text(), end="")
     print(f"run directory: {run_dir}")
 

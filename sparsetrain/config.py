@@ -38,6 +38,10 @@ class RunOptions:
     dtype: Literal["float32", "bfloat16"] = option("float32", "autocast type; weights stay float32")
     threads: int | None = option(None, "CPU threads; null: one or all, whichever is faster at the time", low=1)
     compile: bool = option(False, "run the model through torch.compile")
+    sharded: bool = option(
+        False, "under torchrun each process holds a share of every weight (FSDP), for models that do not fit in one; "
+        "false: each holds all (DDP)",
+    )  # fmt: skip
     kernels: Literal["auto", "reference"] = option(
         "auto", "auto: sparse products where they pay, fused ops; reference: dense products and plain torch throughout"
     )
@@ -227,6 +231,10 @@ class RunConfig:
             )
         if self.locality.length == "mean" and self.locality.pressure == "selection":
             found.append("locality.length must be wire where pressure is selection, got mean, which chooses nothing")
+        if self.run.sharded and s.gradient != "dense":
+            found.append(f"sparsity.gradient must be dense where run.sharded is true, got {s.gradient}")
+        if self.run.sharded and self.locality.pressure != "none":
+            found.append(f"locality.pressure must be none where run.sharded is true, got {self.locality.pressure}")
         if t.batch_size % t.accumulate:
             found.append(
                 f"train.batch_size must be a multiple of train.accumulate = {t.accumulate}, got {t.batch_size}"

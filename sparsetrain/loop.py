@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsetrain import memory
+from sparsetrain import memory, parallel
 from sparsetrain.config import TrainOptions
 from sparsetrain.record import Recorder
 from sparsetrain.threads import Threads
@@ -88,13 +88,16 @@ def run_steps(it: Steps, options: TrainOptions, n_threads: int | None) -> None:
     """
     if it.device.type == "cpu":
         memory.keep_freed()
-    threads = Threads(n_threads if it.device.type == "cpu" else torch.get_num_threads())
+    if it.device.type != "cpu":
+        n_threads = torch.get_num_threads()
+    threads = Threads(n_threads or (1 if parallel.n_ranks() > 1 else None))
     losses = _Losses(it)
     logged_at, seconds_then = it.step, it.seconds
-    bar = tqdm(total=options.steps, initial=it.step, unit=" steps", disable=None, smoothing=0.05)
+    bar = tqdm(total=options.steps, initial=it.step, unit=" steps", disable=parallel.rank() > 0 or None, smoothing=0.05)
     with bar, Recorder(it.folder, it.step) as recorder, _stop_signals() as stopped:
         while it.step < options.steps:
             _timed_step(it, threads, losses, options.log_every)
+            stops = parallel.anyone(stopped.is_set())
             bar.update()
             last = it.step == options.steps
             if it.step % options.log_every == 0:
@@ -109,10 +112,10 @@ def run_steps(it: Steps, options: TrainOptions, n_threads: int | None) -> None:
             histograms = it.step % options.histogram_every == 0
             if last or histograms or it.step % options.eval_every == 0:
                 it.record(recorder, histograms)
-            if last or stopped.is_set() or it.step % options.checkpoint_every == 0:
+            if last or stops or it.step % options.checkpoint_every == 0:
                 losses.check()
                 it.save()
-            if stopped.is_set() and not last:
+            if stops and not last:
                 raise Interrupted(f"stopped after step {it.step}; the same command goes on from there")
 
 

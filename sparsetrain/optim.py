@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from sparsetrain import parallel
 from sparsetrain.config import OptimOptions, SparsityOptions
 from sparsetrain.linear import Linear
 from sparsetrain.model import Transformer
@@ -37,10 +38,13 @@ def scale_gradients_(model: Transformer, rule: str) -> Tensor:
     (the paper's text, A.2), `none` changes nothing. Entries that are not held (sparsity.gradient=candidates) count as
     entries whose gradient is zero.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    squares = torch.stack([_sum_of_squares(g) for g in gradients])
+    whole = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [parallel.local(g) for g in whole]
+    squares = torch.stack([_sum_of_squares(g) for g in gradients]).sum()
+    if parallel.is_sharded(whole[0]):
+        parallel.sum_(squares)
     size = sum(m.shape[0] * m.shape[1] - m.weight.numel() for m in model.modules() if isinstance(m, Linear))
-    rms = (squares.sum() / (size + sum(g.numel() for g in gradients))).sqrt()
+    rms = (squares / (size + sum(g.numel() for g in whole))).sqrt()
     if rule != "none":
         torch._foreach_div_(gradients, rms + 1e-5 if rule == "normalise" else rms.clamp_min(1.0))
     return rms
@@ -59,5 +63,5 @@ def decay_(model: Transformer, options: OptimOptions, lr: float) -> None:
 
     Source: the released train.py; the paper states the coefficient 0.1 (A.2).
     """
-    matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.Linear))]
+    matrices = [parallel.local(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.Linear))]
     torch._foreach_mul_(matrices, 1 - lr * options.weight_decay)

@@ -2,19 +2,33 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from sparsetrain import parallel
 from sparsetrain.files import write_whole
 from sparsetrain.sparsity import Projected, count
 
 log = logging.getLogger(__name__)
 
 
+class _Nowhere:
+    """TensorBoard for a process that writes nothing."""
+
+    def add_scalar(self, *args, **kwargs) -> None:
+        pass
+
+    add_histogram = add_image = add_scalar
+
+    def close(self) -> None:
+        pass
+
+
 class Recorder:
-    """Writes numbers to `metrics.jsonl` and TensorBoard, as a context.
+    """Writes numbers to `metrics.jsonl` and TensorBoard, as a context; of several processes the first does.
 
     Args:
         run_dir: the run directory.
@@ -26,6 +40,9 @@ class Recorder:
         self.step = step
 
     def __enter__(self) -> "Recorder":
+        if parallel.rank():
+            self.file, self.board = open(os.devnull, "w"), _Nowhere()
+            return self
         # Imported here: it takes a second, and only training needs it.
         from torch.utils.tensorboard import SummaryWriter
 

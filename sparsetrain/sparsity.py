@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sparsetrain import parallel
 from sparsetrain.config import SparsityOptions
+from sparsetrain.kernels import sharded
 from sparsetrain.kernels.ops import project_, sparse_pays
 from sparsetrain.linear import Linear
 from sparsetrain.model import Transformer
@@ -42,9 +44,13 @@ class Projected:
         share = density(options, progress) if self.kind == "block" else embedding_density(options, progress)
         return max(1, int(share * self.size))
 
+    def budget(self, options: SparsityOptions, progress: float) -> tuple[int, int, int]:
+        """Its `l0` and its floors, as the projection takes them."""
+        return self.l0(options, progress), self.min_per_row, self.min_per_column
+
     def dense(self) -> Tensor:
-        """The whole tensor, detached."""
-        return self.linear.dense_weight() if self.linear else self.parameter.detach()
+        """The whole tensor, detached; where it is sharded, all processes must call this."""
+        return parallel.whole(self.linear.dense_weight() if self.linear else self.parameter.detach())
 
 
 def projected(model: Transformer, options: SparsityOptions) -> list[Projected]:
@@ -108,16 +114,20 @@ def project_all_(
         factor: by a tensor's name what magnitudes are multiplied with before the greatest are kept, which leaves the
             budget as it is; None: nothing.
     """
+    if parallel.is_sharded(tensors[0].parameter):
+        full = [t for t in tensors if t.l0(options, progress) < t.size]
+        sharded.project_([parallel.local(t.parameter) for t in full], [t.budget(options, progress) for t in full])
+        return
     for t in tensors:
         held = t.parameter.data if t.linear is None else t.linear.held()
-        floors = t.l0(options, progress), t.min_per_row, t.min_per_column
+        budget = t.budget(options, progress)
         if (favour := factor(t.name)) is None:
-            project_(held, *floors)
+            project_(held, *budget)
         elif isinstance(held, Tensor):
-            project_(favour.mul_(held), *floors)
+            project_(favour.mul_(held), *budget)
             held.masked_fill_(favour == 0, 0)
         else:
-            project_(held.with_values(favour.mul_(held.values)), *floors)
+            project_(held.with_values(favour.mul_(held.values)), *budget)
             held.values.masked_fill_(favour == 0, 0)
 
 

@@ -1,13 +1,15 @@
 """One step of training, in the order of docs/method.md, and the state it moves on."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from sparsetrain import checkpoint, sparsity
+from sparsetrain import checkpoint, parallel, sparsity
 from sparsetrain.candidates import finish_refill_, start_refill
 from sparsetrain.config import RunConfig
 from sparsetrain.data import Corpus, evaluation_batches
@@ -15,6 +17,8 @@ from sparsetrain.locality.wiring import Wiring
 from sparsetrain.loop import TrainingError
 from sparsetrain.model import Transformer
 from sparsetrain.optim import build_adam, decay_, learning_rate, scale_gradients_
+
+log = logging.getLogger(__name__)
 
 LossOf = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,12 +44,19 @@ def build(config: RunConfig, corpus: Corpus, device: torch.device) -> Training:
     generator = torch.Generator().manual_seed(config.run.seed)
     model = Transformer(config.model, corpus.tokenizer.get_vocab_size(), generator)
     model.checkpoint_activations = config.train.checkpoint_activations
-    model = model.to(device).train()
+    model = _sharded(model, device) if config.run.sharded and parallel.n_ranks() > 1 else model.to(device)
+    model.train()
     run = Training(config, corpus, model, build_adam(model, config.optim), device)
     run.tensors = sparsity.projected(model, config.sparsity)
     if config.locality.pressure != "none":
         run.wiring = Wiring(config.locality, model, run.tensors, config.run.seed)
     return run
+
+
+def _sharded(model: Transformer, device: torch.device) -> Transformer:
+    log.info("each holds a share of every weight; products are dense")
+    parallel.shard_(model, model.blocks, device)
+    return model
 
 
 def train_step(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,10 +65,10 @@ def train_step(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) 
     Args:
         run: the state, which moves on.
         loss_of: `run.model.loss`, compiled or not.
-        inputs, targets: (B, T), on the device of the run.
+        inputs, targets: (B, T), on the device of the run; with several processes the rows that are this one's.
 
     Returns:
-        The loss and the gradients' RMS, 0-d.
+        The loss and the gradients' RMS, 0-d; of the whole batch.
     """
     c = run.config
     progress = run.step / c.train.steps
@@ -67,6 +78,7 @@ def train_step(run: Training, loss_of: LossOf, inputs: Tensor, targets: Tensor) 
     n_sequences = c.train.batch_size // c.train.accumulate  # of a part: candidates are chosen in the first
     refill = start_refill(run.tensors, c.sparsity, run.step, c.train.steps, n_sequences)
     loss = add_gradients_(c, loss_of, inputs, targets)
+    parallel.average_(chain([loss], _own_gradients(run)))
     if run.wiring:
         run.wiring.add_gradients_(progress)
     rms = scale_gradients_(run.model, c.optim.gradient)
@@ -100,10 +112,17 @@ def add_gradients_(config: RunConfig, loss_of: LossOf, inputs: Tensor, targets: 
     return loss
 
 
+def _own_gradients(run: Training) -> Iterator[Tensor]:
+    """Gradients of this process' rows of a batch; those of sharded weights were averaged as they came."""
+    return (p.grad for p in run.model.parameters() if p.grad is not None and not parallel.is_sharded(p))
+
+
 def read_weights_(run: Training) -> None:
     """Choose each linear map's product for the weights as they are now: after a step, and before the first."""
+    if parallel.is_sharded(run.tensors[0].parameter):
+        return
     c = run.config
-    n_tokens = c.train.batch_size // c.train.accumulate * c.model.n_ctx
+    n_tokens = c.train.batch_size // (c.train.accumulate * parallel.n_ranks()) * c.model.n_ctx
     progress = max(0, run.step - 1) / c.train.steps
     sparsity.read_all_(run.tensors, c.sparsity, progress, n_tokens, getattr(torch, c.run.dtype))
 
@@ -114,13 +133,20 @@ def evaluate(run: Training) -> float:
     c = run.config
     run.model.eval()
     sums = [
-        (loss_under(c, run.model.loss, x.to(run.device), y.to(run.device)).item(), len(x))
+        (_loss_of_mine(run, x, y), parallel.n_mine(len(x)))
         for x, y in evaluation_batches(
             run.corpus.tokens("val"), c.train.eval_batches, c.train.batch_size, c.model.n_ctx, c.train.stride
         )
     ]
     run.model.train()
-    return sum(loss * n for loss, n in sums) / sum(n for _, n in sums)
+    total, n_sequences = parallel.sums(sum(loss * n for loss, n in sums), sum(n for _, n in sums))
+    return total / n_sequences
+
+
+def _loss_of_mine(run: Training, inputs: Tensor, targets: Tensor) -> float:
+    """The mean loss over this process' rows; over the first where it has none, since all must take part in a pass."""
+    x, y = (parallel.mine(rows) if parallel.n_mine(len(rows)) else rows[:1] for rows in (inputs, targets))
+    return loss_under(run.config, run.model.loss, x.to(run.device), y.to(run.device)).item()
 
 
 def loss_under(config: RunConfig, loss_of: LossOf, inputs: Tensor, targets: Tensor) -> Tensor:

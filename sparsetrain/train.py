@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrain import checkpoint, machine, sparsity
+from sparsetrain import checkpoint, machine, parallel, sparsity
 from sparsetrain.config import ConfigError, RunConfig, config_to_dict, config_to_yaml, known_keys, load_config
 from sparsetrain.data import batch, file_hash, prepare
 from sparsetrain.files import write_json, write_whole
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 # Keys that may change when a run is resumed: they change where and how it is computed, not what.
 FREE_ON_RESUME = (
-    "run.out", "run.device", "run.threads", "run.compile", "data.cache", "train.accumulate",
+    "run.out", "run.device", "run.threads", "run.compile", "run.sharded", "data.cache", "train.accumulate",
     "train.checkpoint_activations", "train.eval_every", "train.eval_batches", "train.log_every",
     "train.histogram_every", "train.checkpoint_every", "train.keep_checkpoints",
 )  # fmt: skip
@@ -68,10 +68,13 @@ class RunSteps:
         return loss
 
     def batch(self, n_sequences: int) -> tuple[Tensor, Tensor]:
-        """The next step's batch (B, T) and what follows each token, or their first part, on the run's device."""
+        """The next step's batch (B, T) and what follows each token, or their first part, on the run's device.
+
+        Of several processes each gets its rows of them.
+        """
         c = self.run.config
         x, y = batch(self.tokens, c.run.seed, self.step, 0, n_sequences, c.model.n_ctx, c.train.stride)
-        return x.to(self.device), y.to(self.device)
+        return parallel.mine(x).to(self.device), parallel.mine(y).to(self.device)
 
     def numbers(self, loss: float) -> dict[str, float]:
         c, wiring = self.run.config, self.run.wiring
@@ -96,6 +99,7 @@ class RunSteps:
 
     def save(self) -> None:
         self.refuse_broken()
+        parallel.refuse_drift(self.run.model.named_parameters())
         run, c = self.run, self.run.config
         state = {"step": run.step, "seconds": run.seconds, "corpus": run.corpus.manifest["fingerprint"]}
         checkpoint.save_checkpoint(c.run_dir, run.model, run.optimizer, state, c.train.keep_checkpoints, self.beside())
@@ -108,9 +112,11 @@ class RunSteps:
     def refuse_broken(self) -> None:
         """A checkpoint must not replace a good one if training cannot go on from it: look at the next step's loss."""
         c = self.run.config
-        loss = loss_under(c, self.run.model.loss, *self.batch(c.train.batch_size // c.train.accumulate)).item()
-        if not math.isfinite(loss) or not all(bool(p.isfinite().all()) for p in self.run.model.parameters()):
-            raise self.broken(f"the loss became {loss}", self.step + 1)
+        loss = loss_under(c, self.run.model.loss, *self.batch(c.train.batch_size // c.train.accumulate))
+        parallel.average_([loss])
+        weights = (parallel.local(p) for p in self.run.model.parameters())
+        if parallel.anyone(not loss.isfinite() or not all(bool(w.isfinite().all()) for w in weights)):
+            raise self.broken(f"the loss became {loss.item()}", self.step + 1)
 
     def broken(self, what: str, step: int) -> TrainingError:
         return not_finite(self.run, what, step)
@@ -142,10 +148,11 @@ def train(config: RunConfig, steps_of: Callable[[Training], RunSteps] = RunSteps
         WriteError: another file of the run could not be written.
         TrainingError: the loss is no longer finite.
         Interrupted: a signal came; a checkpoint was written.
+        ParallelError: of several processes that train together, another is gone.
     """
     if not config.model.causal:
         raise ConfigError("model.causal must be true to train, got false: each position would see what it predicts")
-    with ops.using(config.run.kernels):
+    with ops.using(config.run.kernels), parallel.joined(config, pick_device(config.run.device)):
         return _train(config, steps_of)
 
 
@@ -156,7 +163,7 @@ def _train(config: RunConfig, steps_of: Callable[[Training], RunSteps]) -> Path:
         if steps.step < config.train.steps:
             _describe(config.run_dir, steps.run)
             run_steps(steps, config.train, config.run.threads)
-        if not steps.is_finished():
+        if not parallel.anyone(steps.is_finished()):
             _finish(steps)
     except OSError as error:
         kept = checkpoint.latest_checkpoint(config.run_dir)
@@ -168,7 +175,7 @@ def _train(config: RunConfig, steps_of: Callable[[Training], RunSteps]) -> Path:
 
 def _start(config: RunConfig) -> Training:
     device = pick_device(config.run.device)
-    corpus = prepare(config.data)
+    corpus = parallel.first_then_others(lambda: prepare(config.data))
     for split in ("train", "val"):
         if len(corpus.tokens(split)) <= config.model.n_ctx + 1:
             raise ConfigError(
@@ -262,6 +269,8 @@ def _value(config: RunConfig, key: str) -> Any:
 
 def _describe(run_dir: Path, run: Training) -> None:
     """Write what is needed to know, later and elsewhere, what was run."""
+    if parallel.rank():
+        return
     run_dir.mkdir(parents=True, exist_ok=True)
     write_whole(run_dir / "config.yaml", config_to_yaml(run.config).encode())
     write_whole(run_dir / "tokenizer.json", (run.corpus.folder / "tokenizer.json").read_bytes())
@@ -269,6 +278,7 @@ def _describe(run_dir: Path, run: Training) -> None:
         run_dir / "environment.json",
         {
             **machine.describe(run.device),
+            "processes": parallel.n_ranks(),
             "corpus": {k: v for k, v in run.corpus.manifest.items() if k != "files"},
         },
     )
@@ -283,21 +293,18 @@ def _compiled(loss_of: LossOf) -> LossOf:
 def _finish(steps: RunSteps) -> None:
     run, c = steps.run, steps.run.config
     n_nonzero = sum(int(row["n_nonzero"]) for row in sparsity.count(run.tensors).values())
-    summary_file = c.run_dir / "summary.json"
-    earlier = json.loads(summary_file.read_text()) if summary_file.exists() else {}
-    write_json(
-        summary_file,
-        {
-            **earlier,
-            "val_loss": evaluate(run) if run.val_loss is None else run.val_loss,
-            "density": n_nonzero / sum(t.size for t in run.tensors),
-            "n_nonzero": n_nonzero,
-            "tokens": c.train.steps * c.train.batch_size * c.model.n_ctx,
-            "seconds": round(run.seconds, 2),
-            "peak_bytes": machine.peak_bytes(run.device),
-            **steps.finish(),
-        },
-    )
+    found = {
+        "val_loss": evaluate(run) if run.val_loss is None else run.val_loss,
+        "density": n_nonzero / sum(t.size for t in run.tensors),
+        "n_nonzero": n_nonzero,
+        "tokens": c.train.steps * c.train.batch_size * c.model.n_ctx,
+        "seconds": round(run.seconds, 2),
+        "peak_bytes": machine.peak_bytes(run.device),
+        **steps.finish(),
+    }
+    if parallel.rank() == 0:
+        file = c.run_dir / "summary.json"
+        write_json(file, {**(json.loads(file.read_text()) if file.exists() else {}), **found})
     checkpoint.export_model(c.run_dir, run.model, config_to_yaml(c), _layout(run))  # last: it says that the run is done
 
 

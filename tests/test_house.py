@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"kernels"},
-    {"config", "files", "linear", "machine", "task_fragments"},
+    {"config", "files", "linear", "machine", "parallel", "task_fragments"},
     {"bridge_config", "data", "model", "prune_config", "task_encoding", "task_files", "task_language", "task_prompts"},
     {"sparsity", "checkpoint", "task_probing"},
     {"tasks"},

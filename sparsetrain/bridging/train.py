@@ -33,6 +33,7 @@ from sparsetrain.files import write_json, write_whole
 from sparsetrain.kernels import ops
 from sparsetrain.loop import TrainingError, run_steps
 from sparsetrain.model import Transformer, n_kept
+from sparsetrain.parallel import n_launched
 from sparsetrain.pruning.edges import weights_hash
 from sparsetrain.record import Recorder
 from sparsetrain.step import Training, add_gradients_
@@ -55,6 +56,8 @@ def bridge(config: BridgeConfig) -> Path:
         ConfigError: the map of sites cannot be followed, or there is a bridge with another config.
         CheckpointError, DataError, TrainingError, WriteError, Interrupted: as in `train`.
     """
+    if n_launched() > 1:
+        raise ConfigError(f"a bridge must be trained by one process, got {n_launched()}; start it without torchrun")
     device, config = pick_device(config.run.device), _with_whole_paths(config)
     dense = load_dense(config.bridge.dense, device)
     if config.bridge.sparse:
