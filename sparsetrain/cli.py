@@ -146,6 +146,14 @@ def _of_sweeps_and_benchmarks(add: Add) -> None:
     made.add_argument("--plan", action="store_true", help="print the points, their time and memory, and stop")
     made.add_argument("--retry", action="store_true", help="run again what failed")
 
+    made = add("frontier", _frontier, "Draw what sweeps found: held-out loss against the size of circuits.")
+    made.add_argument("sweeps", nargs="+", metavar="SWEEP", help="a sweep's folder, finished or not")
+    made.add_argument("--out", metavar="FOLDER", help="where to write (default: the first sweep's folder)")
+    made.add_argument(
+        "--publish", metavar="FOLDER",
+        help="also write there what a repository can keep: figure, tables, rows and configs, without the page",
+    )  # fmt: skip
+
     made = add(
         "bench",
         bench.command,
@@ -156,6 +164,7 @@ def _of_sweeps_and_benchmarks(add: Add) -> None:
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is meant for the user; anything else is a bug and keeps its traceback."""
+    from sparsetrain.analysis.frontier_data import FrontierError
     from sparsetrain.bench.kernels import BenchError
     from sparsetrain.bridging.residuals import BridgeError
     from sparsetrain.checkpoint import CheckpointError
@@ -167,7 +176,8 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from sparsetrain.tasks import TaskError
 
     files = DataError, CheckpointError, CircuitError, WriteError
-    return ConfigError, *files, TaskError, TrainingError, Interrupted, BenchError, BridgeError, LocalityError
+    analysis = BenchError, BridgeError, LocalityError, FrontierError
+    return ConfigError, *files, TaskError, TrainingError, Interrupted, *analysis
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -318,6 +328,14 @@ def _sweep(options: argparse.Namespace) -> int:
     print(table(rows), end="")
     print(f"rows: {config.options.folder / 'rows.jsonl'}")
     return 1 if any(row["error"] for row in rows) else 0
+
+
+def _frontier(options: argparse.Namespace) -> None:
+    from sparsetrain.analysis.frontier import write_frontier
+
+    out, text = write_frontier(options.sweeps, options.out, options.publish)
+    print(text)
+    print(f"page: {out / 'frontier.html'}")
 
 
 def _overlap(options: argparse.Namespace) -> None:
