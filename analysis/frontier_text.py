@@ -41,6 +41,11 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
             f"Intervals resample up to {max(seeds)} seeds, which is few: with n seeds their part of an interval is too "
             "narrow by about sqrt((n - 1) / n)."
         )
+    if n := sum(row["reached"] and not row["n_edges"] for m in study.models for row in m.outcomes.values()):
+        told.append(
+            f"{n} circuits have no edge, and are counted as one: what lies outside all circuits, such as a bigram table, "
+            "does these tasks, so they say nothing about the models."
+        )
     told.append(
         "Points share their tasks, so the intervals of two points may overlap although one is surely lower. What is "
         "below compares them task by task."

@@ -120,6 +120,10 @@ def _of_circuits(add: Add) -> None:
     made = add("overlap", _overlap, "Print how much circuits have in common: what is in both over what is in either.")
     made.add_argument("circuits", nargs="+", help="folders of circuits of one graph, of several tasks or seeds, say")
 
+    made = add("compare", _compare, "Set two runs side by side: losses token by token, circuits, weights, cost.")
+    made.add_argument("runs", nargs=2, metavar="RUN", help="run directories, A and B")
+    made.add_argument("--out", metavar="FOLDER", help="where to write (default: comparisons/A-B)")
+
     made = add("locality", _locality, "Measure and draw where a run's nodes lie, and how local its circuits are.")
     made.add_argument("run", help="a run directory")
     made.add_argument("--task", help="its circuits alone (default: those of all tasks)")
@@ -164,6 +168,7 @@ def _of_sweeps_and_benchmarks(add: Add) -> None:
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is meant for the user; anything else is a bug and keeps its traceback."""
+    from sparsetrain.analysis.compare_losses import CompareError
     from sparsetrain.analysis.frontier_data import FrontierError
     from sparsetrain.bench.kernels import BenchError
     from sparsetrain.bridging.residuals import BridgeError
@@ -176,7 +181,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from sparsetrain.tasks import TaskError
 
     files = DataError, CheckpointError, CircuitError, WriteError
-    analysis = BenchError, BridgeError, LocalityError, FrontierError
+    analysis = BenchError, BridgeError, LocalityError, FrontierError, CompareError
     return ConfigError, *files, TaskError, TrainingError, Interrupted, *analysis
 
 
@@ -328,6 +333,14 @@ def _sweep(options: argparse.Namespace) -> int:
     print(table(rows), end="")
     print(f"rows: {config.options.folder / 'rows.jsonl'}")
     return 1 if any(row["error"] for row in rows) else 0
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from sparsetrain.analysis.compare import compare
+
+    out, text = compare(*options.runs, options.out)
+    print(text)
+    print(f"page: {out / 'compare.html'}")
 
 
 def _frontier(options: argparse.Namespace) -> None:
