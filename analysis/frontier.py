@@ -74,7 +74,7 @@ def _json(
         {
             **{key: setting.row[key] for key in ("sweep", "arm", "values")}, "seeds": setting.seeds,
             "dense": setting.dense, "n_params": setting.n_params, "n_nonzero": setting.n_nonzero,
-            **summary, "means": {name: vars(value) for name, value in summary["means"].items()},
+            **summary, **{part: {k: vars(v) for k, v in summary[part].items()} for part in ("means", "floors")},
         }
         for setting, summary in zip(study.settings, found, strict=True)
     ]  # fmt: skip

@@ -93,12 +93,19 @@ class Setting:
 
     def log_nonsense(self, tasks: Sequence[str]) -> np.ndarray:
         """(R, T): the same of the nonsense control; NaN where it was not searched for, or the target not reached."""
-        controls = [[(m.outcomes.get(task) or {}).get("nonsense") or {} for task in tasks] for m in self.models]
+        controls = self._controls(tasks)
         return np.array([[np.log(max(1, c["n_edges"])) if c.get("reached") else np.nan for c in of] for of in controls])
+
+    def has_nonsense(self, tasks: Sequence[str]) -> np.ndarray:
+        """(R, T): whether the nonsense control was searched for."""
+        return np.array([[bool(control) for control in of] for of in self._controls(tasks)])
 
     def has_outcome(self, tasks: Sequence[str]) -> np.ndarray:
         """(R, T): whether a task was reached or not, in place of not being tried yet, or its search having failed."""
         return np.array([[task in model.outcomes for task in tasks] for model in self.models])
+
+    def _controls(self, tasks: Sequence[str]) -> list[list[Row]]:
+        return [[(m.outcomes.get(task) or {}).get("nonsense") or {} for task in tasks] for m in self.models]
 
     def _table(self, tasks: Sequence[str], number) -> np.ndarray:
         rows = [[model.outcomes.get(task) for task in tasks] for model in self.models]

@@ -37,13 +37,26 @@ class Value:
     pareto: bool = False
 
 
+@dataclass(frozen=True)
+class Floor:
+    """What the same search finds for nonsense answers, beside the circuits of the same tasks and seeds.
+
+    Attributes:
+        times: how many times as many edges those have that reach the target, a geometric mean; None if none does.
+        n_reached, n_asked: how many do, of how many that were searched for.
+    """
+
+    times: float | None
+    n_reached: int
+    n_asked: int
+
+
 def summarise(study: Study) -> list[dict[str, Any]]:
     """For each setting what is drawn of it.
 
     Returns:
         By setting: val_loss with its `loss_interval`; `means`, a Value by each of MEANS; n_reached of n_asked outcomes
-        over all its seeds; `floor`, the same geometric mean of the circuits of nonsense answers as far as the search
-        found them, with floor_reached of floor_of.
+        over all its seeds, n_open without one; `floors`, a Floor over the tasks of `common` and of `own`.
     """
     rng = np.random.default_rng(0)
     drawn = {n: draw(rng, n) for n in {len(study.tasks), len(study.common)} if n}
@@ -89,16 +102,22 @@ def _summary(setting: Setting, study: Study, drawn: dict[int, np.ndarray], rng: 
         whole = np.log([[model.row["n_nonzero"]] for model in setting.models])
         counted = np.where(there & ~reached, whole, edges)
         means["bound"] = _value(counted, drawn, seeds, bool((there & ~reached).any()))
-    nonsense = setting.log_nonsense(study.tasks)
-    floor = _value(nonsense, {}, seeds)
+    nonsense, asked = setting.log_nonsense(study.tasks), setting.has_nonsense(study.tasks)
+    floors = {"own": _floor(edges, nonsense, asked)}
+    floors["common"] = _floor(*(of[:, chosen] for of in (edges, nonsense, asked)))
     return {
         "val_loss": setting.val_loss,
         "loss_interval": interval(losses) if len(setting.models) > 1 else None,
         "means": {name: means[name] for name in MEANS},
         "n_reached": int(reached.sum()), "n_asked": int(there.sum()),
-        "n_open": int((~there).sum()),
-        "floor": floor.mean, "floor_reached": int((~np.isnan(nonsense)).sum()), "floor_of": int(reached.sum()),
+        "n_open": int((~there).sum()), "floors": floors,
     }  # fmt: skip
+
+
+def _floor(edges: np.ndarray, nonsense: np.ndarray, asked: np.ndarray) -> Floor:
+    found = ~np.isnan(nonsense)
+    times = float(np.exp((nonsense - edges)[found].mean())) if found.any() else None
+    return Floor(times, int(found.sum()), int(asked.sum()))
 
 
 def _value(logs: np.ndarray, drawn: dict[int, np.ndarray], seeds: np.ndarray, at_least: bool = False) -> Value:

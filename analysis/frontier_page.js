@@ -16,6 +16,13 @@ const frontierPage = (() => {
   const byId = (id) => document.getElementById(id);
   const valueOf = (setting) => setting.means[shown.mean];
 
+  /** Edges of the nonsense circuits of the tasks that the mean is over, as many times the mean; null if none. */
+  function floorOf(setting) {
+    const { mean } = valueOf(setting);
+    const times = setting.floors[shown.mean]?.times ?? null;
+    return mean === null || times === null ? null : mean * times;
+  }
+
   function fillControls() {
     const titles = Object.fromEntries(Object.entries(ways).map(([way, { title }]) => [way, title]));
     byId("controls").append(
@@ -43,7 +50,7 @@ const frontierPage = (() => {
   function ranges() {
     const values = settings.flatMap((s) => {
       const { mean, interval } = valueOf(s);
-      return [mean, ...((shown.intervals && interval) || []), shown.floors ? s.floor : null];
+      return [mean, ...((shown.intervals && interval) || []), shown.floors ? floorOf(s) : null];
     }).filter((v) => v !== null);
     const losses = settings.flatMap((s) => [s.loss, ...((shown.intervals && s.loss_interval) || [])]);
     const [low, high] = [Math.min(...values, 1e9), Math.max(...values, 1)];
@@ -77,6 +84,7 @@ const frontierPage = (() => {
     fillLegend();
     mark();
     moved();
+    if (current === null) panel.show(null, shown.mean);
   }
 
   function lineColumns() {
@@ -103,10 +111,10 @@ const frontierPage = (() => {
   }
 
   function floorColumns(heights, colour) {
-    const with_floor = settings.flatMap((s, i) => (shown.floors && s.floor !== null ? [i] : []));
+    const with_floor = settings.flatMap((s, i) => (shown.floors && floorOf(s) !== null ? [i] : []));
     return {
       x: with_floor.map((i) => settings[i].loss), y: with_floor.map((i) => heights[i]),
-      top: with_floor.map((i) => settings[i].floor), colour: with_floor.map((i) => colour[i]),
+      top: with_floor.map((i) => floorOf(settings[i])), colour: with_floor.map((i) => colour[i]),
     };
   }
 
@@ -115,11 +123,12 @@ const frontierPage = (() => {
     const { mean, interval, at_least } = valueOf(s);
     const range = interval ? ` [${interval.map((v) => number(v)).join(", ")}]` : "";
     const edges = mean === null ? "no such mean" : `${at_least ? "at least " : ""}${number(mean)} edges${range}`;
-    const floor = s.floor === null ? "none found" : `${number(s.floor)} edges (${s.floor_reached} of ${s.floor_of})`;
+    const { times, n_reached, n_asked } = s.floors.own;
+    const nonsense = `${n_reached} of ${n_asked} found${times === null ? "" : `, ${number(times)} times as large`}`;
     return [
       `loss ${number(s.loss, 4)}, ${edges}`, `tasks reached: ${s.n_reached} of ${s.n_asked} over all seeds`,
       `${s.n_nonzero.toLocaleString()} of ${s.n_params.toLocaleString()} weights, seeds ${seeds(s)}`,
-      `nonsense answers: ${floor}`,
+      `nonsense circuits: ${nonsense}`,
     ].join("<br>");
   }
 
@@ -206,7 +215,6 @@ const frontierPage = (() => {
     const names = ["frontier", "lines", "intervals", "floors", "rings", "points", "chosen", "labels"];
     figure = Object.fromEntries(names.map((name) => [name, Bokeh.documents[0].get_model_by_name(name)]));
     draw();
-    panel.show(null, shown.mean);
     figure.labels.data = labelColumns();
     addEventListener("keydown", (event) => { if (event.key === "Escape") choose(null); });
     document.body.dataset.ready = "yes";

@@ -120,12 +120,12 @@ def write_frontier_page(
 def _setting(setting: Setting, found: Mapping[str, Any], study: Study, folder: Path) -> dict[str, Any]:
     """What the page knows of a setting; numbers are rounded, since they are drawn."""
     means = found["means"]
-    shown = {k: found[k] for k in ("n_reached", "n_asked", "n_open", "floor_reached", "floor_of")}
+    shown = {k: found[k] for k in ("n_reached", "n_asked", "n_open")}
     return shown | {
         "name": setting.name, "arm": setting.row["arm"], "values": setting.row["values"], "dense": setting.dense,
         "sweep": setting.row["sweep"], "n_params": setting.n_params, "n_nonzero": setting.n_nonzero,
         "loss": round(found["val_loss"], 5), "loss_interval": _rounded(found["loss_interval"]),
-        "floor": _rounded(found["floor"]),
+        "floors": {name: vars(floor) for name, floor in found["floors"].items()},
         "means": {
             name: {"mean": _rounded(v.mean), "interval": _rounded(v.interval), "at_least": v.at_least,
                    "pareto": v.pareto}

@@ -57,17 +57,20 @@ function frontierPanel(data, choose) {
   const link = (href, text) => make("a", { href, textContent: text });
 
   function table(m) {
-    const cells = (kind, values) => make("tr", {}, ...values.map((v) => make(kind, {}, v)));
     const head = cells("th", ["task", ...data.panel.map((key) => TITLES[key])]);
-    const rows = data.tasks.map((task, t) => cells("td", outcome(task, m.outcomes[t])));
+    const rows = data.tasks.map((task, t) => outcome(task, m.outcomes[t]));
     return make("table", { className: "outcomes" }, make("thead", {}, head), make("tbody", {}, ...rows));
   }
 
+  const cells = (kind, values) => make("tr", {}, ...values.map((v) => make(kind, {}, v)));
+
   function outcome(task, found) {
-    if (!found) return [task, "no outcome yet"];
-    if (found.length === 1) return [task, make("small", { textContent: `not reached: ${found[0]}` })];
+    if (!found || found.length === 1) {
+      const words = make("small", { textContent: found ? `not reached: ${found[0]}` : "no outcome yet" });
+      return make("tr", {}, make("td", {}, task), make("td", { colSpan: data.panel.length }, words));
+    }
     const [href, numbers] = [found.at(-1), found.slice(0, -1)];
-    return [href ? link(href, task) : task, ...numbers.map((v) => (v === null ? "" : number(v)))];
+    return cells("td", [href ? link(href, task) : task, ...numbers.map((v) => (v === null ? "" : number(v)))]);
   }
 
   return { show };

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sparsetrain.analysis.frontier_data import Study
-from sparsetrain.analysis.frontier_means import MEANS, Value, default_mean
+from sparsetrain.analysis.frontier_means import MEANS, Floor, Value, default_mean
 
 Table = tuple[Sequence[str], list[list[str]]]
 MEANINGS = {
@@ -41,11 +41,7 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
             f"Intervals resample up to {max(seeds)} seeds, which is few: with n seeds their part of an interval is too "
             "narrow by about sqrt((n - 1) / n)."
         )
-    if n := sum(row["reached"] and not row["n_edges"] for m in study.models for row in m.outcomes.values()):
-        told.append(
-            f"{n} circuits have no edge, and are counted as one: what lies outside all circuits, such as a bigram table, "
-            "does these tasks, so they say nothing about the models."
-        )
+    told += _of_circuits(study)
     told.append(
         "Points share their tasks, so the intervals of two points may overlap although one is surely lower. What is "
         "below compares them task by task."
@@ -59,10 +55,30 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
     return told
 
 
+def _of_circuits(study: Study) -> list[str]:
+    """Circuits whose size says little."""
+    circuits = [row for model in study.models for row in model.outcomes.values() if row["reached"]]
+    none = sum(not row["n_edges"] for row in circuits)
+    controls = [(row["n_edges"], row["nonsense"]) for row in circuits if row.get("nonsense")]
+    no_smaller = sum(control["reached"] and control["n_edges"] <= n for n, control in controls)
+    told = []
+    if none:
+        told.append(
+            f"{none} of {len(circuits)} circuits have no edge, and are counted as one: what lies outside all circuits, "
+            "a bigram table say, does these tasks, so their size says nothing about the models."
+        )
+    if no_smaller:
+        told.append(
+            f"{no_smaller} of {len(controls)} circuits are no smaller than what the same search finds for a nonsense "
+            "answer, so their size says little about the task."
+        )
+    return told
+
+
 def setting_table(study: Study, found: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each setting."""
     head = ["setting", "seeds", "weights", "nonzero", "held-out loss", "reached", *(f"edges: {m}" for m in MEANS),
-            "nonsense", "on the front"]  # fmt: skip
+            "nonsense circuits", "on the front"]  # fmt: skip
     first = default_mean(study)
     rows = []
     for setting, f in zip(study.settings, found, strict=True):
@@ -72,10 +88,15 @@ def setting_table(study: Study, found: Sequence[Mapping[str, Any]]) -> Table:
             _with_interval(f["val_loss"], f["loss_interval"], ".3f"),
             f"{f['n_reached']} of {f['n_asked']}" + (f", {f['n_open']} open" if f["n_open"] else ""),
             *("at least " * v.at_least + _with_interval(v.mean, v.interval, ",.0f") for v in values.values()),
-            "none found" if f["floor"] is None else f"{f['floor']:,.0f} ({f['floor_reached']} of {f['floor_of']})",
+            _nonsense(f["floors"]["own"]),
             "yes" if values[first].pareto else "",
         ])  # fmt: skip
     return head, rows
+
+
+def _nonsense(floor: Floor) -> str:
+    reached = f"{floor.n_reached} of {floor.n_asked} found"
+    return reached if floor.times is None else f"{floor.times:.2g} times as large, {reached}"
 
 
 def task_table(study: Study) -> Table:

@@ -133,7 +133,10 @@ def test_means_and_lines_can_be_chosen(page, swept):
     assert columns(page, "intervals")["x0"] and not columns(page, "floors")["x"]
     page.uncheck("#intervals")
     page.check("#floors")
-    assert columns(page, "floors")["top"] == pytest.approx([s["floor"] for s in found], rel=1e-4)
+    assert not columns(page, "floors")["top"], "a bound has no floor"
+    page.select_option("#mean", "own")
+    own = [s["means"]["own"]["mean"] for s in found]
+    assert columns(page, "floors")["top"] == pytest.approx([4 * mean for mean in own], rel=1e-4)
     assert not columns(page, "intervals")["x0"]
 
 

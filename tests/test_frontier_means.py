@@ -7,7 +7,7 @@ import pytest
 from made_sweep import OPEN, model_rows, ruled_sweep, write_rows
 
 from sparsetrain.analysis.frontier_data import read_study
-from sparsetrain.analysis.frontier_means import default_mean, pareto, summarise
+from sparsetrain.analysis.frontier_means import Floor, default_mean, pareto, summarise
 
 
 @pytest.fixture
@@ -32,8 +32,9 @@ def test_a_model_that_misses_the_hard_task_gains_by_its_own_mean_alone(study):
     assert [s["means"]["bound"].pareto for s in (able, unable, nothing)] == [True, False, False]
     assert [(s["n_reached"], s["n_asked"]) for s in (able, unable, nothing)] == [(4, 4), (1, 2), (0, 2)]
     assert nothing["means"]["own"].mean is None and nothing["means"]["bound"].mean == pytest.approx(1000)
-    assert (able["floor"], able["floor_reached"], able["floor_of"]) == (pytest.approx(160), 4, 4)
-    assert nothing["floor"] is None
+    assert able["floors"]["own"] == Floor(pytest.approx(4), 4, 4)
+    assert able["floors"]["common"] == Floor(pytest.approx(4), 2, 2)
+    assert nothing["floors"]["own"] == Floor(None, 0, 0)
 
 
 def test_intervals_are_over_seeds_and_tasks(study):
