@@ -35,7 +35,7 @@ def write_compare_page(page: Path, found: Mapping[str, Any]) -> None:
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
         f'<link rel="icon" href="data:,">\n<style>\n{asset("circuit_page.css")}\n</style>\n'
         f"{library('bokeh') if drawn else ''}\n</head>\n<body>\n{_header(found)}\n"
-        f'<section id="picture"></section>\n{_tables(found)}\n{_examples(found)}\n'
+        f'<section id="picture"></section>\n{_tables(found)}\n'
         f'<script type="application/json" id="figure-data">{script_json(drawn)}</script>\n<script>{EMBED}</script>\n'
         "</body>\n</html>\n"
     )
@@ -74,22 +74,24 @@ def _tables(found: Mapping[str, Any]) -> str:
         top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>" for cells in rows)
         parts.append(
-            f"<section><h2>{html.escape(title)}</h2><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-            "</section>"
+            f'<section><h2>{html.escape(title)}</h2><table class="verbatim"><thead><tr>{top}</tr></thead>'
+            f"<tbody>{body}</tbody></table></section>"
         )
+        if title == texts.TOKENS:
+            parts.append(_examples(found))
     return "\n".join(parts)
 
 
 def _examples(found: Mapping[str, Any]) -> str:
     """Where each token's losses differ most, every token of the context in the colour of its own difference."""
     parts = []
-    for token in found["losses"].get("tokens", []):
+    for token in found["losses"]["tokens"]:
         rows = "".join(f'<p class="note">A {e["a"]:.3f}, B {e["b"]:.3f}</p>{_context(e)}' for e in token["examples"])
         told = f"{token['mean']:+.3f} on {token['n']} of them"
         parts.append(
             f"<details><summary><code>{html.escape(repr(token['text']))}</code> {told}</summary>{rows}</details>"
         )
-    return f'<section id="contexts"><h2>In context</h2>{"".join(parts)}</section>' if parts else ""
+    return f'<section id="contexts"><h3>in context</h3>{"".join(parts)}</section>'
 
 
 def _context(example: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Table = tuple[Sequence[str], list[list[str]]]
+TOKENS = "Tokens that add most to the difference"
 MEASURES = {"n_nodes": "nodes", "n_edges": "edges", "task_loss": "task loss", "faithfulness": "faithfulness",
             "completeness_loss": "loss without it"}  # fmt: skip
 COSTS = {"val_loss": "held-out loss at its end", "seconds": "seconds of training", "tokens": "tokens of training",
@@ -103,7 +104,7 @@ def tables(found: Mapping[str, Any]) -> list[tuple[str, Table]]:
     """All tables that have rows, with their titles."""
     every = [
         ("Circuits", circuit_table(found)),
-        ("Tokens that add most to the difference", token_table(found)),
+        (TOKENS, token_table(found)),
         ("Documents that differ most, nats per byte", document_table(found)),
         ("Cost", cost_table(found)),
         ("Settings that differ", setting_table(found)),

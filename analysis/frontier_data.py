@@ -1,6 +1,7 @@
 """What a frontier is drawn of: the models of one or more sweeps, by setting, with the outcome of every task."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,7 +185,7 @@ def _models(rows: list[tuple[Path, Row]]) -> list[Model]:
     """The trained models; a row without an outcome (not pruned yet, or the search failed) gives none."""
     found: dict[tuple, Model] = {}
     for folder, row in rows:
-        if row["val_loss"] is None:
+        if not _is_trained(row):
             continue
         new = Model(row, folder / "points" / row["point"], {})
         model = found.setdefault((folder, row["sweep"], row["point"]), new)
@@ -193,9 +194,13 @@ def _models(rows: list[tuple[Path, Row]]) -> list[Model]:
     return list(found.values())
 
 
+def _is_trained(row: Row) -> bool:
+    return row["val_loss"] is not None and math.isfinite(row["val_loss"])
+
+
 def _impossible(row: Row) -> bool:
     """Whether a tokenizer cannot express a task, which says nothing about its model."""
-    return not row["reached"] and "method" not in row and row.get("full_model_loss_calibrated") is None
+    return not row["reached"] and row.get("full_model_loss_calibrated") is None
 
 
 def _settings(models: list[Model]) -> list[Setting]:
@@ -221,6 +226,8 @@ def _common(models: list[Model], tasks: list[str]) -> tuple[list[str], float]:
 def _missing(rows: list[tuple[Path, Row]], settings: list[Setting], tasks: list[str]) -> list[str]:
     """What can be seen to be missing: rows do not say which settings were never begun."""
     told = [f"{row['point']}: {row['error']}" for _, row in rows if row["error"]]
+    told += [f"{row['point']}: its held-out loss is {row['val_loss']}" for _, row in rows
+             if not row["error"] and not _is_trained(row)]  # fmt: skip
     seeds: dict[tuple, set[int]] = {}
     for setting in settings:
         seeds.setdefault(setting.family[:2], set()).update(setting.seeds)

@@ -116,7 +116,7 @@ def equal_capability(study: Study, lines: Sequence[Line]) -> list[dict[str, Any]
         where no loss is covered by both `nearest`: the two settings whose losses are nearest, and their losses.
     """
     rng = np.random.default_rng(1)
-    drawn = {n: draw(rng, n) / n for n in range(1, len(study.tasks) + 1)}
+    drawn = {n: draw(rng, n) for n in range(1, len(study.tasks) + 1)}
     found = []
     for line in lines:
         if line["dense"]:
@@ -177,7 +177,7 @@ def _at(
     counts = {"loss": loss, "n_tasks": n_tasks, "n_asked": len(study.tasks)}
     if not n_tasks:
         return counts | {"edges": None, "dense_edges": None, "factor": None, "interval": None}
-    once = {key: np.ones((1, len(found))) for key, found in logs.items()}
+    once = {key: np.full((1, len(found)), 1 / len(found)) for key, found in logs.items()}
     many = {key: draw(rng, len(found)) for key, found in logs.items()}
     sides = {}
     for weights in (once, many):
@@ -197,8 +197,7 @@ def _interpolated(
 ) -> np.ndarray:
     """(B, T): log edges at a loss between two settings, with seeds, and so their losses, weighted by (B, R)."""
     (first, a), (second, b) = [
-        ((w @ s.val_losses) / w.sum(1), (w @ logs[id(s)][:, shared]) / w.sum(1, keepdims=True))
-        for s, w in ((s, weights[id(s)]) for s in pair)
+        (w @ s.val_losses, w @ logs[id(s)][:, shared]) for s, w in ((s, weights[id(s)]) for s in pair)
     ]
     apart = np.where(second == first, 1.0, second - first)
     share = np.clip((loss - first) / apart, 0, 1)[:, None]

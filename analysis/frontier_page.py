@@ -1,11 +1,13 @@
 """The page of a frontier, one file that opens offline: the picture, a panel for each point, and the tables."""
 
 import html
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
+from urllib.parse import quote
 
 from bokeh.embed import json_item
 from bokeh.models import (
@@ -136,18 +138,18 @@ def _setting(setting: Setting, found: Mapping[str, Any], study: Study, folder: P
 
 
 def _rounded(value: Any) -> Any:
-    if value is None:
-        return None
-    return float(f"{value:.5g}") if isinstance(value, float) else [_rounded(v) for v in value]
+    """Floats with five digits, in lists too; None where they are no numbers."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _model(model: Model, study: Study, folder: Path) -> dict[str, Any]:
-    run = Path(os.path.relpath(model.run, folder)).as_posix()
-    there = model.run.is_dir()
+    run = quote(Path(os.path.relpath(model.run, folder)).as_posix()) if model.run.is_dir() else None
     return {
-        "seed": model.row["seed"], "point": model.row["point"], "run": run if there else None,
+        "seed": model.row["seed"], "point": model.row["point"], "run": run,
         "loss": round(model.row["val_loss"], 5), "seconds": model.row["train_seconds"],
-        "outcomes": [_outcome(model, task, run if there else None) for task in study.tasks],
+        "outcomes": [_outcome(model, task, run) for task in study.tasks],
     }  # fmt: skip
 
 
@@ -159,8 +161,8 @@ def _outcome(model: Model, task: str, run: str | None) -> list[Any] | None:
     if not row["reached"]:
         return [row.get("why") or "not reached"]
     folder = _circuit(model.run, task, row["method"]) if run else None
-    link = f"{run}/circuits/{task}/{folder}" if folder else None
-    return [*(_rounded(row.get(key)) if isinstance(row.get(key), float) else row.get(key) for key in PANEL), link]
+    link = f"{run}/circuits/{quote(task)}/{quote(folder)}" if folder else None
+    return [*(_rounded(row.get(key)) for key in PANEL), link]
 
 
 def _circuit(run: Path, task: str, method: str) -> str | None:

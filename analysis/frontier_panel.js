@@ -36,7 +36,13 @@ function frontierPanel(data, choose) {
   function setting(s) {
     const close = make("button", { className: "close", type: "button", textContent: "×", title: "back (Escape)" });
     close.addEventListener("click", () => choose(null));
-    return [close, make("h2", { id: "chosen", textContent: s.name }), facts(s), ...s.models.flatMap(model)];
+    const without = s.models.some((m) => m.outcomes.some((outcome) => outcome?.at(-1)?.toString().endsWith("/")));
+    const words = "Of circuits without a page the folder is linked; `sparsetrain page RUN --task TASK` writes the page, " +
+      "and `sparsetrain frontier` again links it.";
+    return [
+      close, make("h2", { id: "chosen", textContent: s.name }), facts(s), ...s.models.flatMap(model),
+      without ? note(words) : "",
+    ];
   }
 
   function facts(s) {

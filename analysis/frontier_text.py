@@ -37,10 +37,7 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
     if max(seeds) == 1:
         told.append("One seed of each setting: intervals are over tasks alone, and seeds may differ by more.")
     elif max(seeds) < 5:
-        told.append(
-            f"Intervals resample up to {max(seeds)} seeds, which is few: with n seeds their part of an interval is too "
-            "narrow by about sqrt((n - 1) / n)."
-        )
+        told.append(f"Intervals resample {max(seeds)} seeds of a setting at most, which is few: take them as rough.")
     told += _of_circuits(study)
     told.append(
         "Points share their tasks, so the intervals of two points may overlap although one is surely lower. What is "
@@ -64,8 +61,8 @@ def _of_circuits(study: Study) -> list[str]:
     told = []
     if none:
         told.append(
-            f"{none} of {len(circuits)} circuits have no edge, and are counted as one: what lies outside all circuits, "
-            "a bigram table say, does these tasks, so their size says nothing about the models."
+            f"{none} of {len(circuits)} circuits have no edge, and are counted as one: what needs none, a bigram table "
+            "or one channel from embedding to logits, does these tasks, so their size says nothing about the models."
         )
     if no_smaller:
         told.append(

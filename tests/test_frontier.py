@@ -19,11 +19,14 @@ def swept(tmp_path_factory):
     """A sweep of 16 models with its frontier; one run directory is there, with a circuit and its page."""
     folder = tmp_path_factory.mktemp("swept")
     ruled_sweep(folder, (64, 128), (0.0625, 0.125, 0.25))
-    first = next(row for row in read_rows(folder) if row["reached"])
+    first, second = [row for row in read_rows(folder) if row["reached"]][:2]
     circuit = folder / "points" / first["point"] / "circuits" / first["task"] / "node_masks"
     circuit.mkdir(parents=True)
     (circuit / "circuit.json").write_text("{}")
     (circuit / "circuit.html").write_text("<title>a circuit</title>")
+    bare = circuit.parents[1] / second["task"] / "node_masks"
+    bare.mkdir(parents=True)
+    (bare / "circuit.json").write_text("{}")
     write_frontier([folder])
     return folder
 
@@ -154,14 +157,16 @@ def test_a_click_shows_the_runs_and_circuits_of_a_setting(page, swept):
     )
     page.mouse.click(*place)
     page.wait_for_selector("#chosen")
-    first = next(row for row in read_rows(swept) if row["reached"])
+    first, second = [row for row in read_rows(swept) if row["reached"]][:2]
     assert page.inner_text("#chosen") == "d_model=64 density=0.0625"
     (run,) = (swept / "points").iterdir()
     links = page.locator("#panel a").evaluate_all("(found) => found.map((a) => a.getAttribute('href'))")
     assert links == [
         f"points/{run.name}/", f"points/{run.name}/config.yaml",
         f"points/{run.name}/circuits/{first['task']}/node_masks/circuit.html",
+        f"points/{run.name}/circuits/{second['task']}/node_masks/",
     ]  # fmt: skip
+    assert "`sparsetrain page RUN --task TASK` writes the page" in page.inner_text("#panel")
     assert "its run directory is not beside this page" in page.inner_text("#panel")
     assert "not reached: 0.400 is above the target" in page.inner_text("#panel")
     page.keyboard.press("Escape")

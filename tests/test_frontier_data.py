@@ -1,6 +1,7 @@
 """What of a sweep's rows is compared, and what is refused."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -49,6 +50,11 @@ def test_where_no_task_is_reached_by_all_those_that_most_reach_are_taken(tmp_pat
     assert (study.common, study.share) == (["a"], 0.9)
     third = [model_rows(3.0, {task: 1 if task == name else None for task in "abc"}, width=ord(name)) for name in "abc"]
     assert read_study([write_rows(tmp_path / "none", *third)]).common == []
+
+
+def test_a_model_that_diverged_is_missing(tmp_path):
+    study = read_study([write_rows(tmp_path, model_rows(3.0, {"a": 1}), model_rows(math.nan, {"a": 1}, width=2))])
+    assert len(study.models) == 1 and study.missing == ["_width-2_seed-0: its held-out loss is nan"]
 
 
 def test_two_sweeps_are_compared_and_one_is_not_counted_twice(tmp_path):

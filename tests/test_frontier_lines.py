@@ -41,12 +41,25 @@ def test_lines_of_equal_size_of_equal_l0_and_along_each_key(tmp_path):
     assert set(ways) == {"size", "l0", "model.d_model", "sparsity.density"}
 
 
+def test_counts_that_are_nearly_equal_share_a_line(tmp_path):
+    """L0 is equal up to a factor of 1.5 and size up to 1.1, from the least of a line on."""
+    counts = {"a": (1000, 9000), "b": (1400, 9800), "c": (1600, 10000), "d": (2300, 20000)}
+    study = read_study([write_rows(
+        tmp_path, *(model_rows(3.0, {"t": 5}, n_nonzero=n, n_params=size, **{"model.n_layers": name})
+                    for name, (n, size) in counts.items()),
+    )])  # fmt: skip
+    ways = {way: [len(line["settings"]) for line in lines] for way, lines in all_lines(study).items()}
+    assert ways["l0"] == [2, 2]
+    assert ways["size"] == [2, 1, 1]
+    assert [line["name"] for line in all_lines(study)["l0"]] == ["about 1k nonzeros", "about 1.6k nonzeros"]
+
+
 def test_arms_and_what_does_not_change_sizes_are_held_on_a_line(tmp_path):
-    models = [model_rows(3.0, {"a": 5}, n_nonzero=n, arm=arm, **{"locality.strength": s, "sparsity.density": n / 4000})
+    models = [model_rows(3.0, {"a": 5}, n_nonzero=n, arm=arm, **{"model.abs_topk.q": s, "sparsity.density": n / 4000})
               for arm in ("near", "far") for s in (1, 2) for n in (500, 1000)]  # fmt: skip
     study = read_study([write_rows(tmp_path, *models)])
     found = {line["name"]: len(line["settings"]) for line in all_lines(study)["size"]}
-    assert found == {f"4k weights strength={s} (made, {arm})": 2 for arm in ("near", "far") for s in (1, 2)}
+    assert found == {f"4k weights q={s} (made, {arm})": 2 for arm in ("near", "far") for s in (1, 2)}
 
 
 def test_circuits_are_compared_at_equal_loss_task_by_task(tmp_path):

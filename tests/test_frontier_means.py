@@ -7,7 +7,7 @@ import pytest
 from made_sweep import OPEN, model_rows, ruled_sweep, write_rows
 
 from sparsetrain.analysis.frontier_data import read_study
-from sparsetrain.analysis.frontier_means import Floor, default_mean, pareto, summarise
+from sparsetrain.analysis.frontier_means import Floor, default_mean, draw, pareto, summarise
 
 
 @pytest.fixture
@@ -66,6 +66,27 @@ def test_the_mean_that_is_shown_first(tmp_path, study):
     assert default_mean(study) == "common"
     third = [model_rows(3.0, {task: 1 if task == name else None for task in "abc"}, width=ord(name)) for name in "abc"]
     assert default_mean(read_study([write_rows(tmp_path / "none", *third)])) == "bound"
+
+
+def test_what_is_only_a_bound_is_never_on_the_front(tmp_path):
+    """The truth may lie above any other, however low the bound."""
+    folder = write_rows(tmp_path, model_rows(3.0, {"a": 50, "b": 50}, width=1),
+                        model_rows(2.0, {"a": 1, "b": None}, n_nonzero=4, width=2))  # fmt: skip
+    sure, unsure = (s["means"]["bound"] for s in summarise(read_study([folder])))
+    assert (unsure.mean, unsure.at_least) == (pytest.approx(2), True)
+    assert (sure.pareto, unsure.pareto) == (True, False)
+
+
+def test_a_circuit_without_edges_counts_as_one_edge(tmp_path):
+    [found] = summarise(read_study([write_rows(tmp_path, model_rows(3.0, {"a": 0, "b": 16}))]))
+    assert found["means"]["common"].mean == pytest.approx(4)
+
+
+def test_resampled_means_vary_as_means_do():
+    values = np.array([1.0, 2.0, 6.0])
+    means = draw(np.random.default_rng(0), 3) @ values
+    assert means.var() == pytest.approx(values.var(ddof=1) / 3, rel=0.1)
+    assert draw(np.random.default_rng(0), 1).tolist() == [[1.0]] * len(means)
 
 
 def test_the_front():
