@@ -1,12 +1,12 @@
 """Lines through settings, and how much smaller circuits are than those of the dense baselines at equal loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from sparsetrain.analysis.frontier_data import Setting, Study
+from sparsetrain.analysis.frontier_data import Row, Setting, Study
 from sparsetrain.analysis.frontier_means import draw, interval
 
 SAME_SIZE, SAME_L0 = 1.1, 1.5  # settings whose counts are within this factor share a line
@@ -112,8 +112,9 @@ def equal_capability(study: Study, lines: Sequence[Line]) -> list[dict[str, Any]
 
     Returns:
         For each line against the dense line of its arm (or all dense ones, where its arm has none): rows with `line`,
-        `dense`, `loss`, `edges`, `dense_edges`, the `factor` of the two, its 95 % `interval`, n_tasks and n_asked; or
-        where no loss is covered by both `nearest`: the two settings whose losses are nearest, and their losses.
+        `dense`, `loss`, `edges`, `dense_edges`, the `factor` of the two, its 95 % `interval`, n_tasks of n_asked,
+        n_circuits that are compared and n_without_edges of them. Where no loss is covered by both, `nearest` in place
+        of these: the two settings whose losses are nearest, and their losses; None where a side has no circuit.
     """
     rng = np.random.default_rng(1)
     drawn = {n: draw(rng, n) for n in range(1, len(study.tasks) + 1)}
@@ -174,7 +175,11 @@ def _at(
     logs = {id(s): s.log_edges(study.tasks) for s in (*ours, *theirs)}
     shared = np.all([~np.isnan(found).any(0) for found in logs.values()], axis=0)
     n_tasks = int(shared.sum())
-    counts = {"loss": loss, "n_tasks": n_tasks, "n_asked": len(study.tasks)}
+    circuits = _circuits({id(s): s for s in (*ours, *theirs)}.values(), np.array(study.tasks)[shared])
+    counts = {
+        "loss": loss, "n_tasks": n_tasks, "n_asked": len(study.tasks), "n_circuits": len(circuits),
+        "n_without_edges": sum(not row["n_edges"] for row in circuits),
+    }  # fmt: skip
     if not n_tasks:
         return counts | {"edges": None, "dense_edges": None, "factor": None, "interval": None}
     once = {key: np.full((1, len(found)), 1 / len(found)) for key, found in logs.items()}
@@ -190,6 +195,10 @@ def _at(
         "edges": edges, "dense_edges": dense_edges, "factor": dense_edges / edges,
         "interval": None if alone else interval(resampled),
     }  # fmt: skip
+
+
+def _circuits(settings: Iterable[Setting], tasks: Iterable[str]) -> list[Row]:
+    return [model.outcomes[task] for setting in settings for model in setting.models for task in tasks]
 
 
 def _interpolated(

@@ -124,8 +124,8 @@ def _setting(setting: Setting, found: Mapping[str, Any], study: Study, folder: P
     means = found["means"]
     shown = {k: found[k] for k in ("n_reached", "n_asked", "n_open")}
     return shown | {
-        "name": setting.name, "arm": setting.row["arm"], "values": setting.row["values"], "dense": setting.dense,
-        "sweep": setting.row["sweep"], "n_params": setting.n_params, "n_nonzero": setting.n_nonzero,
+        **{key: setting.row[key] for key in ("sweep", "arm", "values")}, "name": texts.title(setting, study),
+        "dense": setting.dense, "n_params": setting.n_params, "n_nonzero": setting.n_nonzero,
         "loss": round(found["val_loss"], 5), "loss_interval": _rounded(found["loss_interval"]),
         "floors": {name: vars(floor) for name, floor in found["floors"].items()},
         "means": {

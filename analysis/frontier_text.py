@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sparsetrain.analysis.frontier_data import Study
+from sparsetrain.analysis.frontier_data import Setting, Study
 from sparsetrain.analysis.frontier_means import MEANS, Floor, Value, default_mean
 
 Table = tuple[Sequence[str], list[list[str]]]
@@ -20,6 +20,12 @@ MEANINGS = {
 def target(study: Study) -> str:
     """What circuits were cut at."""
     return "the target task loss" if study.target_loss is None else f"a task loss of {study.target_loss:g}"
+
+
+def title(setting: Setting, study: Study) -> str:
+    """A setting's name, with its sweep where there are several."""
+    several = len({other.family[:2] for other in study.settings}) > 1
+    return f"{setting.name} ({setting.row['sweep']})" if several else setting.name
 
 
 def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -81,7 +87,7 @@ def setting_table(study: Study, found: Sequence[Mapping[str, Any]]) -> Table:
     for setting, f in zip(study.settings, found, strict=True):
         values: Mapping[str, Value] = f["means"]
         rows.append([
-            setting.name, str(len(setting.models)), f"{setting.n_params:,.0f}", f"{setting.n_nonzero:,.0f}",
+            title(setting, study), str(len(setting.models)), f"{setting.n_params:,.0f}", f"{setting.n_nonzero:,.0f}",
             _with_interval(f["val_loss"], f["loss_interval"], ".3f"),
             f"{f['n_reached']} of {f['n_asked']}" + (f", {f['n_open']} open" if f["n_open"] else ""),
             *("at least " * v.at_least + _with_interval(v.mean, v.interval, ",.0f") for v in values.values()),
@@ -121,6 +127,8 @@ def _factor(row: Mapping[str, Any]) -> list[str]:
     if row["factor"] is None:
         return [f"{row['loss']:.3f}", "", "", "no task that both reach", tasks]
     numbers = [f"{row['loss']:.3f}", f"{row['edges']:,.0f}", f"{row['dense_edges']:,.0f}"]
+    if row["n_without_edges"]:  # counted as one edge, so that the factor may be any
+        tasks += f"; {row['n_without_edges']} of {row['n_circuits']} circuits have no edge"
     return [*numbers, f"{_with_interval(row['factor'], row['interval'], '.3g')}", tasks]
 
 

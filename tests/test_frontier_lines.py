@@ -7,6 +7,7 @@ from made_sweep import model_rows, ruled_sweep, write_rows
 
 from sparsetrain.analysis.frontier_data import read_study
 from sparsetrain.analysis.frontier_lines import all_lines, equal_capability
+from sparsetrain.analysis.frontier_text import factor_table
 
 
 def grid(width, density, loss=3.0, edges=None, **more):
@@ -75,6 +76,15 @@ def test_circuits_are_compared_at_equal_loss_task_by_task(tmp_path):
     assert row["dense_edges"] == pytest.approx(math.sqrt(64 * 40))
     assert row["factor"] == pytest.approx(math.sqrt(8 * 4))
     assert row["interval"] == (pytest.approx(4), pytest.approx(8))  # of the two tasks alone
+    assert (row["n_circuits"], row["n_without_edges"]) == (6, 0)
+
+
+def test_circuits_without_edges_are_counted_beside_the_factor(tmp_path):
+    models = grid(64, 0.5, 3.0, {"a": 0, "b": 5}), grid(32, 1, 3.0, {"a": 9, "b": 5})
+    study = read_study([write_rows(tmp_path, *models)])
+    [row] = equal_capability(study, all_lines(study)["size"])
+    assert row["factor"] == pytest.approx(3) and (row["n_circuits"], row["n_without_edges"]) == (4, 1)
+    assert factor_table([row])[1][0][-1] == "2 of 2; 1 of 4 circuits have no edge"
 
 
 def test_without_an_overlap_the_nearest_settings_are_named(tmp_path):
