@@ -37,7 +37,7 @@ class Model:
     run: Path
     outcomes: dict[str, Row]
 
-    @property
+    @cached_property
     def reached(self) -> set[str]:
         return {task for task, row in self.outcomes.items() if row["reached"]}
 
@@ -141,6 +141,10 @@ class Study:
     def models(self) -> list[Model]:
         return [model for setting in self.settings for model in setting.models]
 
+    @cached_property
+    def has_several_sweeps(self) -> bool:
+        return len({setting.family[:2] for setting in self.settings}) > 1
+
 
 def read_study(folders: Sequence[str | Path]) -> Study:
     """Read the rows of sweeps.
@@ -187,10 +191,11 @@ def _models(rows: list[tuple[Path, Row]]) -> list[Model]:
     for folder, row in rows:
         if not _is_trained(row):
             continue
-        new = Model(row, folder / "points" / row["point"], {})
-        model = found.setdefault((folder, row["sweep"], row["point"]), new)
+        key = folder, row["sweep"], row["point"]
+        if key not in found:
+            found[key] = Model(row, folder / "points" / row["point"], {})
         if row["task"] and row["reached"] is not None:
-            model.outcomes[row["task"]] = row
+            found[key].outcomes[row["task"]] = row
     return list(found.values())
 
 

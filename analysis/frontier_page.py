@@ -167,11 +167,13 @@ def _outcome(model: Model, task: str, run: str | None) -> list[Any] | None:
 
 def _circuit(run: Path, task: str, method: str) -> str | None:
     """The page, or else the folder, of a circuit: named by its method, or as `prune.name` said."""
-    found = [folder for folder in sorted((run / "circuits" / task).glob("*")) if (folder / "circuit.json").exists()]
-    named = next((f for f in found if f.name == method), found[0] if len(found) == 1 else None)
-    if named is None:
-        return None
-    return f"{named.name}/circuit.html" if (named / "circuit.html").exists() else f"{named.name}/"
+    circuits = f"{run}/circuits/{task}"  # no paths: there may be many thousands
+    if not os.path.exists(f"{circuits}/{method}/circuit.json"):
+        others = list(Path(circuits).glob("[!.]*/circuit.json"))
+        if len(others) != 1:
+            return None
+        method = others[0].parent.name
+    return f"{method}/circuit.html" if os.path.exists(f"{circuits}/{method}/circuit.html") else f"{method}/"
 
 
 def _figure(study: Study) -> figure:

@@ -59,13 +59,15 @@ def _picture(study: Study, found: Sequence[Mapping[str, Any]], lines: Sequence[L
     axes.scatter([found[i]["val_loss"] for i in rings], [values[i].mean for i in rings], s=130, facecolors="none",
                  edgecolors=RING, linewidths=1.4, label="on the front")  # fmt: skip
     _edge(axes, found, values)
-    axes.plot([], [], " ", label="n/n: tasks reached, all seeds")
     axes.margins(x=0.1)
     axes.grid(color="#eceef2")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    few = len(found) <= MOST_LABELLED
+    if few:
+        axes.plot([], [], " ", label="n/n: tasks reached, all seeds")
     _legend(axes, len(lines))
-    if len(found) <= MOST_LABELLED:
+    if few:
         _label(picture, axes, found, values)
     return picture
 

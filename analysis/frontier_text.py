@@ -24,8 +24,7 @@ def target(study: Study) -> str:
 
 def title(setting: Setting, study: Study) -> str:
     """A setting's name, with its sweep where there are several."""
-    several = len({other.family[:2] for other in study.settings}) > 1
-    return f"{setting.name} ({setting.row['sweep']})" if several else setting.name
+    return f"{setting.name} ({setting.row['sweep']})" if study.has_several_sweeps else setting.name
 
 
 def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence[Mapping[str, Any]]) -> list[str]:
