@@ -35,6 +35,7 @@ from bokeh.palettes import Purples256
 from bokeh.plotting import figure
 
 from sparsetrain.analysis.circuit_layout import Layout, channel_of, is_residual, site_of
+from sparsetrain.analysis.page_parts import renumbered
 
 POSITIVE, NEGATIVE, QUIET = "#2f6fb5", "#c8472f", "#9aa0a8"
 SHADES = list(reversed(Purples256[:226]))  # without the palest, which would vanish on white
@@ -270,20 +271,3 @@ def _segments(pairs: Sequence[tuple[str, str]], layout: Layout) -> dict[str, lis
         "x0": [x for x, _ in starts], "y0": [y for _, y in starts],
         "x1": [x for x, _ in ends], "y1": [y for _, y in ends],
     }  # fmt: skip
-
-
-def renumbered(item: Any) -> Any:
-    """Bokeh numbers its models from one counter of the process; number them anew, in order of appearance."""
-    numbers: dict[str, str] = {}
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [walk(v) for v in value]
-        if isinstance(value, dict):
-            return {key: renumber(v) if key in ("id", "root_id") else walk(v) for key, v in value.items()}
-        return value
-
-    def renumber(number: str) -> str:
-        return numbers.setdefault(number, f"m{len(numbers)}")
-
-    return walk(item)

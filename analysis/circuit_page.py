@@ -8,16 +8,14 @@ a dense model it was carried to stands below, as `transfer_section.py` writes it
 """
 
 import html
-from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from bokeh.resources import Resources
-
 from sparsetrain.analysis.circuit_data import Text, page_data
 from sparsetrain.analysis.circuit_figure import circuit_figure
-from sparsetrain.analysis.component_page import script_json, write_component_page
+from sparsetrain.analysis.component_page import write_component_page
+from sparsetrain.analysis.page_parts import asset, library, script_json
 from sparsetrain.analysis.snippets import WINDOWS, corpus_windows
 from sparsetrain.analysis.transfer_section import transfer_sections
 from sparsetrain.checkpoint import load_run, run_corpus
@@ -108,11 +106,7 @@ def _fill(title: str, data: dict[str, Any], figure: dict[str, Any], transfer: st
         data=script_json(data),
         figure=script_json(figure),
         transfer=transfer,
-        library=Resources(mode="inline", components=["bokeh"], log_level="error").render_js(),
-        style=_read("circuit_page.css"),
-        script="\n".join(_read(f"{name}.js") for name in ("page_elements", "circuit_panel", "circuit_page")),
+        library=library("bokeh"),
+        style=asset("circuit_page.css"),
+        script="\n".join(asset(f"{name}.js") for name in ("page_elements", "circuit_panel", "circuit_page")),
     )
-
-
-def _read(name: str) -> str:
-    return resources.files("sparsetrain.analysis").joinpath(name).read_text(encoding="utf-8")

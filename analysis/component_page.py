@@ -5,7 +5,6 @@ script is Bokeh's alone.
 """
 
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,12 @@ from bokeh.embed import json_item
 from bokeh.layouts import column
 from bokeh.models import CDSView, ColumnDataSource, CustomJS, HoverTool, IndexFilter, Range1d, Slider, TapTool
 from bokeh.plotting import figure
-from bokeh.resources import Resources
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparsetrain.analysis import snippets
-from sparsetrain.analysis.circuit_figure import NEGATIVE, POSITIVE, renumbered
+from sparsetrain.analysis.circuit_figure import NEGATIVE, POSITIVE
+from sparsetrain.analysis.page_parts import asset, library, renumbered, script_json
 from sparsetrain.analysis.readings import cautions, readings
 from sparsetrain.files import write_whole
 from sparsetrain.model import Transformer
@@ -68,8 +67,6 @@ def write_component_page(page: Path, circuit: Circuit, model: Transformer, token
     """
     drawn = renumbered(json_item(circuit_picture(circuit), "picture")) if circuit.edges else None
     picture = script_json(drawn)
-    library = Resources(mode="inline", components=["bokeh", "bokeh-widgets"], log_level="error").render_js()
-    style = Path(__file__).with_name("circuit_page.css").read_text(encoding="utf-8")
     title = f"{words['name']}: a circuit of {circuit.settings['run']}"
     body = [
         _header(circuit, words),
@@ -79,7 +76,8 @@ def write_component_page(page: Path, circuit: Circuit, model: Transformer, token
     ]
     text = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        f'<link rel="icon" href="data:,">\n<style>\n{style}\n</style>\n{library}\n</head>\n<body>\n'
+        f'<link rel="icon" href="data:,">\n<style>\n{asset("circuit_page.css")}\n</style>\n'
+        f"{library('bokeh', 'bokeh-widgets')}\n</head>\n<body>\n"
         + "\n".join(body)
         + f'\n<script type="application/json" id="figure-data">{picture}</script>\n<script>{EMBED}</script>\n'
         "</body>\n</html>\n"
@@ -247,8 +245,3 @@ def _edge_table(circuit: Circuit) -> str:
 
 def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
-
-
-def script_json(value: Any) -> str:
-    """JSON that cannot end the script element it lies in."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

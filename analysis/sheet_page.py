@@ -9,11 +9,10 @@ from bokeh.embed import json_item
 from bokeh.layouts import column
 from bokeh.models import ColumnDataSource, HoverTool
 from bokeh.plotting import figure
-from bokeh.resources import Resources
 
 from sparsetrain.analysis import locality_text as texts
-from sparsetrain.analysis.circuit_figure import renumbered
-from sparsetrain.analysis.component_page import EMBED, script_json
+from sparsetrain.analysis.component_page import EMBED
+from sparsetrain.analysis.page_parts import asset, library, renumbered, script_json
 from sparsetrain.analysis.sheet_figure import sheet_figure
 from sparsetrain.files import write_whole
 from sparsetrain.locality.measures import LONG
@@ -40,12 +39,11 @@ def write_sheet(page: Path, laid: LaidOutRun, found: Mapping[str, Any], circuits
     }
     picture = column(sheet_figure(laid, circuits, titles), _histogram(found), sizing_mode="stretch_width")
     drawn = script_json(renumbered(json_item(picture, "picture")))
-    library = Resources(mode="inline", components=["bokeh", "bokeh-widgets"], log_level="error").render_js()
-    style = Path(__file__).with_name("circuit_page.css").read_text(encoding="utf-8")
     whole = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{html.escape(found['run'])}: its sheet</title>\n"
-        f'<link rel="icon" href="data:,">\n<style>\n{style}\n</style>\n{library}\n</head>\n<body>\n'
+        f'<link rel="icon" href="data:,">\n<style>\n{asset("circuit_page.css")}\n</style>\n'
+        f"{library('bokeh', 'bokeh-widgets')}\n</head>\n<body>\n"
         f'{_header(found)}\n<section id="picture"></section>\n{_tables(found)}\n'
         f'<script type="application/json" id="figure-data">{drawn}</script>\n<script>{EMBED}</script>\n'
         "</body>\n</html>\n"

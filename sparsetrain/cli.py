@@ -120,6 +120,10 @@ def _of_circuits(add: Add) -> None:
     made = add("overlap", _overlap, "Print how much circuits have in common: what is in both over what is in either.")
     made.add_argument("circuits", nargs="+", help="folders of circuits of one graph, of several tasks or seeds, say")
 
+    made = add("compare", _compare, "Set two runs side by side: losses token by token, circuits, weights, cost.")
+    made.add_argument("runs", nargs=2, metavar="RUN", help="run directories, A and B")
+    made.add_argument("--out", metavar="FOLDER", help="where to write (default: comparisons/A-B)")
+
     made = add("locality", _locality, "Measure and draw where a run's nodes lie, and how local its circuits are.")
     made.add_argument("run", help="a run directory")
     made.add_argument("--task", help="its circuits alone (default: those of all tasks)")
@@ -146,6 +150,14 @@ def _of_sweeps_and_benchmarks(add: Add) -> None:
     made.add_argument("--plan", action="store_true", help="print the points, their time and memory, and stop")
     made.add_argument("--retry", action="store_true", help="run again what failed")
 
+    made = add("frontier", _frontier, "Draw what sweeps found: held-out loss against the size of circuits.")
+    made.add_argument("sweeps", nargs="+", metavar="SWEEP", help="a sweep's folder, finished or not")
+    made.add_argument("--out", metavar="FOLDER", help="where to write (default: the first sweep's folder)")
+    made.add_argument(
+        "--publish", metavar="FOLDER",
+        help="also write there what a repository can keep: figure, tables, rows and configs, without the page",
+    )  # fmt: skip
+
     made = add(
         "bench",
         bench.command,
@@ -156,6 +168,8 @@ def _of_sweeps_and_benchmarks(add: Add) -> None:
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is meant for the user; anything else is a bug and keeps its traceback."""
+    from sparsetrain.analysis.compare_losses import CompareError
+    from sparsetrain.analysis.frontier_data import FrontierError
     from sparsetrain.bench.kernels import BenchError
     from sparsetrain.bridging.residuals import BridgeError
     from sparsetrain.checkpoint import CheckpointError
@@ -168,8 +182,8 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from sparsetrain.tasks import TaskError
 
     files = DataError, CheckpointError, CircuitError, WriteError
-    training = TrainingError, Interrupted, ParallelError
-    return ConfigError, *files, *training, TaskError, BenchError, BridgeError, LocalityError
+    stages = TrainingError, Interrupted, ParallelError, BridgeError
+    return ConfigError, *files, *stages, TaskError, BenchError, LocalityError, FrontierError, CompareError
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -323,6 +337,22 @@ def _sweep(options: argparse.Namespace) -> int:
     print(table(rows), end="")
     print(f"rows: {config.options.folder / 'rows.jsonl'}")
     return 1 if any(row["error"] for row in rows) else 0
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from sparsetrain.analysis.compare import compare
+
+    out, text = compare(*options.runs, options.out)
+    print(text)
+    print(f"page: {out / 'compare.html'}")
+
+
+def _frontier(options: argparse.Namespace) -> None:
+    from sparsetrain.analysis.frontier import write_frontier
+
+    out, text = write_frontier(options.sweeps, options.out, options.publish)
+    print(text)
+    print(f"page: {out / 'frontier.html'}")
 
 
 def _overlap(options: argparse.Namespace) -> None:

@@ -10,6 +10,18 @@ class WriteError(RuntimeError):
     """A file that could not be written."""
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those it lies in, where they are not there yet.
+
+    Raises:
+        WriteError: it could not be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"could not make {folder}: {error}") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())

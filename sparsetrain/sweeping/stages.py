@@ -28,7 +28,7 @@ EVALUATION = 1 / 3  # a batch that is evaluated, in steps of training
 COPIED = (
     "n_nodes", "n_edges", "task_loss", "task_accuracy", "full_model_loss", "full_model_loss_calibrated",
     "completeness_loss", "random_ablation_loss", "random_ablation_loss_std", "random_circuit_loss", "kl",
-    "faithfulness", "n_dangling",
+    "faithfulness", "n_dangling", "graph", "target_loss",
 )  # fmt: skip
 
 

@@ -1,0 +1,97 @@
+"""The frontier of sweeps: what is written of it, and where."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bokeh.palettes import Viridis256
+
+from sparsetrain.analysis import frontier_text as texts
+from sparsetrain.analysis.frontier_data import Model, Study, read_study
+from sparsetrain.analysis.frontier_lines import Line, all_lines, equal_capability
+from sparsetrain.analysis.frontier_means import default_mean, summarise
+from sparsetrain.analysis.frontier_page import write_frontier_page
+from sparsetrain.analysis.frontier_picture import write_pictures
+from sparsetrain.files import make_folder, write_json, write_whole
+from sparsetrain.sweeping.points import FREE
+from sparsetrain.sweeping.rows import ROWS
+from sparsetrain.sweeping.sweep_config import read_leaves
+
+FORMAT = "sparsetrain-frontier-1"
+DENSE_COLOUR, BRIGHTEST = "#111827", 215  # the yellow end of the palette cannot be read on white
+
+
+def write_frontier(
+    folders: Sequence[str | Path], out: str | Path | None = None, publish: str | Path | None = None
+) -> tuple[Path, str]:
+    """Draw the frontier of sweeps: frontier.html, .png, .svg, .json and .md.
+
+    Args:
+        folders: of the sweeps, see `read_study`.
+        out: where it is written; the first sweep's folder by default.
+        publish: a folder, in a repository say, for what can be kept of it: all but the page, which links to runs; and
+            rows.jsonl, of which this function makes the page again, and configs.json.
+
+    Returns:
+        The folder of the page, and the tables as Markdown.
+
+    Raises:
+        FrontierError: no frontier can be drawn of these.
+        WriteError: a file could not be written.
+    """
+    study = read_study(folders)
+    out = Path(out or folders[0])
+    found, ways = summarise(study), all_lines(study)
+    for lines in ways.values():
+        _colour(lines)
+    factors = equal_capability(study, ways["size"])
+    text = texts.markdown(study, found, factors)
+    title = ", ".join(dict.fromkeys(setting.row["sweep"] for setting in study.settings))
+    for folder in filter(None, (out, publish)):
+        make_folder(Path(folder))
+        write_pictures(Path(folder), study, found, ways["size"])
+        write_json(Path(folder) / "frontier.json", _json(study, found, ways, factors))
+        write_whole(Path(folder) / "frontier.md", text.encode())
+    write_frontier_page(out / "frontier.html", title, study, found, ways, factors)
+    if publish:
+        write_whole(Path(publish) / ROWS, b"".join((Path(folder) / ROWS).read_bytes() for folder in folders))
+        write_json(Path(publish) / "configs.json", _configs(study.models))
+    return out, text
+
+
+def _colour(lines: Sequence[Line]) -> None:
+    sparse = [line for line in lines if not line["dense"]]
+    for line in lines:
+        at = 0 if line["dense"] else sparse.index(line) / max(1, len(sparse) - 1)
+        line["colour"] = DENSE_COLOUR if line["dense"] else Viridis256[int(20 + at * (BRIGHTEST - 20))]
+
+
+def _json(
+    study: Study, found: Sequence[Mapping[str, Any]], ways: Mapping[str, Sequence[Line]],
+    factors: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    settings = [
+        {
+            **{key: setting.row[key] for key in ("sweep", "arm", "values")}, "seeds": setting.seeds,
+            "dense": setting.dense, "n_params": setting.n_params, "n_nonzero": setting.n_nonzero,
+            **summary, **{part: {k: vars(v) for k, v in summary[part].items()} for part in ("means", "floors")},
+        }
+        for setting, summary in zip(study.settings, found, strict=True)
+    ]  # fmt: skip
+    return {
+        "format": FORMAT, "target_loss": study.target_loss, "graph": study.graph, "tasks": study.tasks,
+        "common": study.common, "share": study.share, "mean": default_mean(study), "settings": settings,
+        "lines": ways, "equal_capability": factors, "left_out": study.left_out, "missing": study.missing,
+    }  # fmt: skip
+
+
+def _configs(models: Sequence[Model]) -> dict[str, Any]:
+    """The config of every run: what all share, and what each has besides; names and places of computing left out."""
+    read = {m.row["point"]: _config(m.run / "config.yaml") for m in models if (m.run / "config.yaml").exists()}
+    first = next(iter(read.values()), {})
+    shared = {key: value for key, value in first.items() if all(of.get(key) == value for of in read.values())}
+    return {"shared": shared, "points": {p: {k: v for k, v in of.items() if k not in shared} for p, of in read.items()}}
+
+
+def _config(file: Path) -> dict[str, Any]:
+    return {key: value for key, value in read_leaves([str(file)]).items() if key not in FREE}

@@ -1,0 +1,276 @@
+"""What a frontier is drawn of: the models of one or more sweeps, by setting, with the outcome of every task."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from sparsetrain.sweeping.rows import ROWS, read_rows
+
+Row = dict[str, Any]
+NEEDED = {"sweep", "point", "arm", "values", "seed", "n_params", "n_nonzero", "val_loss", "task", "error"}
+SHARES = (1.0, 0.9, 0.5)  # of the models; the next where no task is reached by as many
+DENSE = 0.99  # share of nonzero weights from which on a model counts as dense
+
+
+class FrontierError(ValueError):
+    """Sweeps from which no frontier can be drawn."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One trained run.
+
+    Attributes:
+        row: what all its rows have in common.
+        run: its run directory, which need not be there any more.
+        outcomes: its row for each task that has an outcome, reached or not.
+    """
+
+    row: Row
+    run: Path
+    outcomes: dict[str, Row]
+
+    @cached_property
+    def reached(self) -> set[str]:
+        return {task for task, row in self.outcomes.items() if row["reached"]}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Models that differ by their seed alone: one point of the frontier."""
+
+    models: list[Model]
+
+    @property
+    def row(self) -> Row:
+        return self.models[0].row
+
+    @cached_property
+    def name(self) -> str:
+        values = [f"{key.rpartition('.')[2]}={value}" for key, value in self.row["values"].items()]
+        return " ".join(filter(None, (self.row["arm"], *values))) or self.row["point"]
+
+    @cached_property
+    def family(self) -> tuple[str, str, str]:
+        """Folder, sweep and arm: lines join settings of one family."""
+        return str(self.models[0].run.parent), self.row["sweep"], self.row["arm"]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [model.row["seed"] for model in self.models]
+
+    @property
+    def val_losses(self) -> np.ndarray:
+        """(R,): held-out losses of the seeds, nats per token."""
+        return np.array([model.row["val_loss"] for model in self.models])
+
+    @cached_property
+    def val_loss(self) -> float:
+        return float(self.val_losses.mean())
+
+    @cached_property
+    def n_params(self) -> float:
+        return fmean(model.row["n_params"] for model in self.models)
+
+    @cached_property
+    def n_nonzero(self) -> float:
+        return fmean(model.row["n_nonzero"] for model in self.models)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the weights are: a baseline, whatever its arm is called."""
+        return self.n_nonzero >= DENSE * self.n_params
+
+    def log_edges(self, tasks: Sequence[str]) -> np.ndarray:
+        """(R, T): logarithm of the edges of each circuit, none counted as 1; NaN where the target was not reached."""
+        return self._table(tasks, lambda row: np.log(max(1, row["n_edges"])))
+
+    def log_nonsense(self, tasks: Sequence[str]) -> np.ndarray:
+        """(R, T): the same of the nonsense control; NaN where it was not searched for, or the target not reached."""
+        controls = self._controls(tasks)
+        return np.array([[np.log(max(1, c["n_edges"])) if c.get("reached") else np.nan for c in of] for of in controls])
+
+    def has_nonsense(self, tasks: Sequence[str]) -> np.ndarray:
+        """(R, T): whether the nonsense control was searched for."""
+        return np.array([[bool(control) for control in of] for of in self._controls(tasks)])
+
+    def has_outcome(self, tasks: Sequence[str]) -> np.ndarray:
+        """(R, T): whether a task was reached or not, in place of not being tried yet, or its search having failed."""
+        return np.array([[task in model.outcomes for task in tasks] for model in self.models])
+
+    def _controls(self, tasks: Sequence[str]) -> list[list[Row]]:
+        return [[(m.outcomes.get(task) or {}).get("nonsense") or {} for task in tasks] for m in self.models]
+
+    def _table(self, tasks: Sequence[str], number) -> np.ndarray:
+        rows = [[model.outcomes.get(task) for task in tasks] for model in self.models]
+        return np.array([[number(row) if row and row["reached"] else np.nan for row in of] for of in rows])
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that is compared.
+
+    Attributes:
+        settings: in the order of their rows.
+        tasks: those that all tokenizers can express.
+        left_out: the other ones, with the reason.
+        common: the same tasks for all: those of `tasks` that a share of the finished models reach which reach any.
+        share: the first of SHARES at which there is such a task.
+        missing: what is not there yet, or failed, in words.
+        target_loss: what circuits were cut at, nats; None where nothing says it.
+        graph: `channel` or `component`: what an edge is.
+    """
+
+    settings: list[Setting]
+    tasks: list[str]
+    left_out: dict[str, str]
+    common: list[str]
+    share: float
+    missing: list[str]
+    target_loss: float | None
+    graph: str
+
+    @property
+    def models(self) -> list[Model]:
+        return [model for setting in self.settings for model in setting.models]
+
+    @cached_property
+    def has_several_sweeps(self) -> bool:
+        return len({setting.family[:2] for setting in self.settings}) > 1
+
+
+def read_study(folders: Sequence[str | Path]) -> Study:
+    """Read the rows of sweeps.
+
+    Args:
+        folders: of the sweeps, finished or not; each holds a rows.jsonl.
+
+    Raises:
+        FrontierError: one holds no rows, no model is trained, no task has an outcome, or the sweeps cannot be compared
+            since their target losses, corpora, tokenizers or graphs differ.
+    """
+    rows = [(Path(folder), row) for folder in dict.fromkeys(map(Path, folders)) for row in _rows(Path(folder))]
+    models = _models(rows)
+    where = ", ".join(map(str, folders))
+    if not models:
+        raise FrontierError(f"a sweep must hold a trained model, got none in {where}; run `sparsetrain sweep` first")
+    left_out = {t: r["why"] for m in models for t, r in m.outcomes.items() if _impossible(r)}
+    tasks = list(dict.fromkeys(row["task"] for _, row in rows if row["task"] and row["task"] not in left_out))
+    if not any(task in model.outcomes for model in models for task in tasks):
+        raise FrontierError(f"a frontier must have tasks, got none with an outcome in {where}; name them in `tasks`")
+    _refuse_what_differs(models)
+    settings = _settings(models)
+    common, share = _common(models, tasks)
+    return Study(
+        settings=settings, tasks=tasks, left_out=left_out, common=common, share=share,
+        missing=_missing(rows, settings, tasks), target_loss=_one(models, "target_loss"),
+        graph=_one(models, "graph") or "channel",
+    )  # fmt: skip
+
+
+def _rows(folder: Path) -> list[Row]:
+    try:
+        rows = read_rows(folder)
+    except (OSError, ValueError) as error:
+        raise FrontierError(f"{folder} must hold the {ROWS} of a sweep, got: {error}") from None
+    if not all(isinstance(row, dict) and row.keys() >= NEEDED for row in rows):
+        raise FrontierError(f"{folder / ROWS} must have lines with {', '.join(sorted(NEEDED))}, got others")
+    return rows
+
+
+def _models(rows: list[tuple[Path, Row]]) -> list[Model]:
+    """The trained models; a row without an outcome (not pruned yet, or the search failed) gives none."""
+    found: dict[tuple, Model] = {}
+    for folder, row in rows:
+        if not _is_trained(row):
+            continue
+        key = folder, row["sweep"], row["point"]
+        if key not in found:
+            found[key] = Model(row, folder / "points" / row["point"], {})
+        if row["task"] and row["reached"] is not None:
+            found[key].outcomes[row["task"]] = row
+    return list(found.values())
+
+
+def _is_trained(row: Row) -> bool:
+    return row["val_loss"] is not None and math.isfinite(row["val_loss"])
+
+
+def _impossible(row: Row) -> bool:
+    """Whether a tokenizer cannot express a task, which says nothing about its model."""
+    return not row["reached"] and row.get("full_model_loss_calibrated") is None
+
+
+def _settings(models: list[Model]) -> list[Setting]:
+    groups: dict[tuple, list[Model]] = {}
+    for model in models:
+        row = model.row
+        key = model.run.parent, row["sweep"], row["arm"], json.dumps(row["values"])
+        groups.setdefault(key, []).append(model)
+    return [Setting(of) for of in groups.values()]
+
+
+def _common(models: list[Model], tasks: list[str]) -> tuple[list[str], float]:
+    """A model that is not finished does not narrow the choice, unless none is; nor does one that reaches nothing."""
+    finished = [m for m in models if m.outcomes.keys() >= {*tasks}] or models
+    able = [m.reached for m in finished if m.reached & {*tasks}]
+    for share in SHARES:
+        found = [task for task in tasks if able and sum(task in reached for reached in able) >= share * len(able)]
+        if found:
+            return found, share
+    return [], 1.0
+
+
+def _missing(rows: list[tuple[Path, Row]], settings: list[Setting], tasks: list[str]) -> list[str]:
+    """What can be seen to be missing: rows do not say which settings were never begun."""
+    told = [f"{row['point']}: {row['error']}" for _, row in rows if row["error"]]
+    told += [f"{row['point']}: its held-out loss is {row['val_loss']}" for _, row in rows
+             if not row["error"] and not _is_trained(row)]  # fmt: skip
+    seeds: dict[tuple, set[int]] = {}
+    for setting in settings:
+        seeds.setdefault(setting.family[:2], set()).update(setting.seeds)
+    for setting in settings:
+        absent = sorted(seeds[setting.family[:2]] - {*setting.seeds})
+        told += [f"{setting.name}: seed {', '.join(map(str, absent))} is not trained"] * bool(absent)
+        for model in setting.models:
+            open_tasks = [task for task in tasks if task not in model.outcomes]
+            told += [f"{model.row['point']}: no outcome of {', '.join(open_tasks)}"] * bool(open_tasks)
+    return list(dict.fromkeys(told))
+
+
+def _one(models: list[Model], key: str) -> Any:
+    """A value that all circuits share: of their rows, or else of a circuit's own file; None where neither has it."""
+    found = {row[key] for m in models for row in m.outcomes.values() if row.get(key) is not None}
+    found |= {_in_a_circuit(m, key) for m in models if not any(key in row for row in m.outcomes.values())} - {None}
+    if len(found) > 1:
+        raise FrontierError(
+            f"{key} must be the same for all circuits, got {', '.join(map(str, sorted(found)))}; prune all alike, with "
+            f"{key}=... in the sweep's `prune`"
+        )
+    return found.pop() if found else None
+
+
+def _in_a_circuit(model: Model, key: str) -> Any:
+    files = (file for task in model.reached for file in model.run.glob(f"circuits/{task}/*/metrics.json"))
+    return next((json.loads(file.read_text()).get(key) for file in files), None)
+
+
+def _refuse_what_differs(models: list[Model]) -> None:
+    """Losses are compared, so they must be of the same tokens."""
+    corpora: dict[str, str] = {}
+    for model in models:
+        file = model.run / "environment.json"
+        if file.exists():
+            corpora.setdefault(json.loads(file.read_text())["corpus"]["fingerprint"], model.row["point"])
+    if len(corpora) > 1:
+        raise FrontierError(
+            "models must share corpus and tokenizer, so that their losses can be compared, got different ones in "
+            + ", ".join(corpora.values())
+        )

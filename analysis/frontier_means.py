@@ -1,0 +1,154 @@
+"""Interpretability of a setting: three means over tasks, since tasks that are not reached have no edges to average.
+
+See docs/method.md for what each is good for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparsetrain.analysis.frontier_data import Setting, Study
+
+MEANS = {
+    "common": "the same tasks for all",
+    "own": "the tasks each model reaches",
+    "bound": "all tasks, unreached ones as the whole model",
+}
+N_RESAMPLES = 2000
+INTERVAL = (2.5, 97.5)  # percentiles
+
+
+@dataclass(frozen=True)
+class Value:
+    """A mean over seeds and tasks with its bootstrap interval.
+
+    Attributes:
+        mean: geometric, of edges; None where it is not defined.
+        interval: 95 %; None with a single seed and a single task.
+        at_least: whether the truth can only be greater, since some task was not reached.
+        pareto: whether no other setting has both a lower loss and fewer edges, and none the same loss and fewer.
+    """
+
+    mean: float | None = None
+    interval: tuple[float, float] | None = None
+    at_least: bool = False
+    pareto: bool = False
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What the same search finds for nonsense answers, beside the circuits of the same tasks and seeds.
+
+    Attributes:
+        times: how many times as many edges those have that reach the target, a geometric mean; None if none does.
+        n_reached, n_asked: how many do, of how many that were searched for.
+    """
+
+    times: float | None
+    n_reached: int
+    n_asked: int
+
+
+def summarise(study: Study) -> list[dict[str, Any]]:
+    """For each setting what is drawn of it.
+
+    Returns:
+        By setting: val_loss with its `loss_interval`; `means`, a Value by each of MEANS; n_reached of n_asked outcomes
+        over all its seeds, n_open without one; `floors`, a Floor over the tasks of `common` and of `own`.
+    """
+    rng = np.random.default_rng(0)
+    drawn = {n: draw(rng, n) for n in {len(study.tasks), len(study.common)} if n}
+    found = [_summary(setting, study, drawn, rng) for setting in study.settings]
+    for name in MEANS:
+        values = [(s["val_loss"], s["means"][name]) for s in found]
+        on = pareto([(loss, np.inf if v.mean is None or v.at_least else v.mean) for loss, v in values])
+        for summary, is_on in zip(found, on, strict=True):
+            value = summary["means"][name]
+            summary["means"][name] = Value(value.mean, value.interval, value.at_least, is_on)
+    return found
+
+
+def draw(rng: np.random.Generator, n: int) -> np.ndarray:
+    """(N_RESAMPLES, n): the share of each of n in resamples of n - 1: those of n would vary too little.
+
+    Source: Rao and Wu 1988 (the variance of a mean of n comes out right, where it would be half with n = 2).
+    """
+    n_drawn = max(1, n - 1)
+    return rng.multinomial(n_drawn, np.full(n, 1 / n), N_RESAMPLES) / n_drawn
+
+
+def default_mean(study: Study) -> str:
+    """The mean that is shown first: over the same tasks for all, or the bound where there are none."""
+    return "common" if study.common else "bound" if study.graph == "channel" else "own"
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which points no other one beats: lower or equal in both, and lower in one. Infinite ones never count."""
+    best, on = np.inf, [False] * len(points)
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        on[i] = points[i][1] < best
+        best = min(best, points[i][1])
+    return on
+
+
+def _summary(setting: Setting, study: Study, drawn: dict[int, np.ndarray], rng: np.random.Generator) -> dict[str, Any]:
+    edges, there = setting.log_edges(study.tasks), setting.has_outcome(study.tasks)
+    reached = ~np.isnan(edges)
+    seeds = draw(rng, len(setting.models))
+    losses = seeds @ setting.val_losses
+    chosen = [study.tasks.index(task) for task in study.common]
+    means = {"own": _value(edges, drawn, seeds), "common": Value(), "bound": Value()}
+    if chosen and reached[:, chosen].all():
+        means["common"] = _value(edges[:, chosen], drawn, seeds)
+    if study.graph == "channel" and there.any():
+        whole = np.log([[model.row["n_nonzero"]] for model in setting.models])
+        counted = np.where(there & ~reached, whole, edges)
+        means["bound"] = _value(counted, drawn, seeds, bool((there & ~reached).any()))
+    nonsense, asked = setting.log_nonsense(study.tasks), setting.has_nonsense(study.tasks)
+    floors = {"own": _floor(edges, nonsense, asked)}
+    floors["common"] = _floor(*(of[:, chosen] for of in (edges, nonsense, asked)))
+    return {
+        "val_loss": setting.val_loss,
+        "loss_interval": interval(losses) if len(setting.models) > 1 else None,
+        "means": {name: means[name] for name in MEANS},
+        "n_reached": int(reached.sum()), "n_asked": int(there.sum()),
+        "n_open": int((~there).sum()), "floors": floors,
+    }  # fmt: skip
+
+
+def _floor(edges: np.ndarray, nonsense: np.ndarray, asked: np.ndarray) -> Floor:
+    found = ~np.isnan(nonsense)
+    times = float(np.exp((nonsense - edges)[found].mean())) if found.any() else None
+    return Floor(times, int(found.sum()), int(asked.sum()))
+
+
+def _value(logs: np.ndarray, drawn: dict[int, np.ndarray], seeds: np.ndarray, at_least: bool = False) -> Value:
+    """The mean over seeds of means over tasks of logs (R, T), of those that are there; tasks and seeds resampled.
+
+    Source: Owen 2007, The pigeonhole bootstrap (rows and columns are drawn apart).
+    """
+    n_seeds, n_tasks = logs.shape
+    if np.isnan(logs).all():
+        return Value()
+    mean = _over(logs, np.ones((1, n_tasks)), np.ones((1, n_seeds)))[0]
+    if n_tasks not in drawn or (n_tasks == 1 and n_seeds == 1):
+        return Value(float(np.exp(mean)), None, at_least)
+    return Value(float(np.exp(mean)), interval(np.exp(_over(logs, drawn[n_tasks], seeds))), at_least)
+
+
+def _over(logs: np.ndarray, tasks: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """(B,): weighted means of logs (R, T) by weights of tasks (B, T) and seeds (B, R); NaN where nothing has weight."""
+    there = ~np.isnan(logs)
+    with np.errstate(invalid="ignore"):
+        each = (tasks @ np.where(there, logs, 0).T) / (tasks @ there.T.astype(float))  # (B, R)
+    weights = np.where(np.isnan(each), 0, seeds)
+    with np.errstate(invalid="ignore"):
+        return (weights * np.nan_to_num(each)).sum(1) / weights.sum(1)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The percentiles of INTERVAL of resampled values, of those that are there."""
+    low, high = np.nanpercentile(values, INTERVAL)
+    return float(low), float(high)

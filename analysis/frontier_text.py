@@ -1,0 +1,170 @@
+"""A frontier in words: its tables, and what must be said beside them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sparsetrain.analysis.frontier_data import Setting, Study
+from sparsetrain.analysis.frontier_means import MEANS, Floor, Value, default_mean
+
+Table = tuple[Sequence[str], list[list[str]]]
+MEANINGS = {
+    "common": "The same tasks for every model, so none gains by failing at a hard one. Models that miss one of them "
+              "have no such mean; they stand at the picture's upper edge.",
+    "own": "Each model's own tasks, so a model that reaches easy tasks alone looks better than it is: compare points "
+           "only where their tasks are as many.",
+    "bound": "A task that is not reached counts as all nonzero weights of the model, which is the least that can be "
+             "said of it: the truth is not known, and an arrow says so. Small models gain by it.",
+}  # fmt: skip
+
+
+def target(study: Study) -> str:
+    """What circuits were cut at."""
+    return "the target task loss" if study.target_loss is None else f"a task loss of {study.target_loss:g}"
+
+
+def title(setting: Setting, study: Study) -> str:
+    """A setting's name, with its sweep where there are several."""
+    return f"{setting.name} ({setting.row['sweep']})" if study.has_several_sweeps else setting.name
+
+
+def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader must know before taking the picture for an answer."""
+    seeds = [len(setting.models) for setting in study.settings]
+    told = []
+    if not study.common:
+        told.append("No task is reached by half of the models, so there is no mean over the same tasks for all.")
+    elif study.share < 1:
+        n = sum(f["means"]["common"].mean is None for f in found)
+        told.append(
+            f"No task is reached by all models, so the same tasks for all are the {len(study.common)} that "
+            f"{study.share:.0%} of them reach; {n} of {len(found)} settings miss one and stand at the upper edge."
+        )
+    if max(seeds) == 1:
+        told.append("One seed of each setting: intervals are over tasks alone, and seeds may differ by more.")
+    elif max(seeds) < 5:
+        told.append(f"Intervals resample {max(seeds)} seeds of a setting at most, which is few: take them as rough.")
+    told += _of_circuits(study)
+    told.append(
+        "Points share their tasks, so the intervals of two points may overlap although one is surely lower. What is "
+        "below compares them task by task."
+    )
+    if not any(setting.dense for setting in study.settings):
+        told.append("There is no dense baseline, so nothing is said about how much circuits shrink; see `dense`.")
+    elif all("nearest" in row for row in factors):
+        told.append("No line of sparse models overlaps in loss with a dense one.")
+    if study.missing:
+        told.append(f"Not finished: {len(study.missing)} things are missing or failed, listed below.")
+    return told
+
+
+def _of_circuits(study: Study) -> list[str]:
+    """Circuits whose size says little."""
+    circuits = [row for model in study.models for row in model.outcomes.values() if row["reached"]]
+    none = sum(not row["n_edges"] for row in circuits)
+    controls = [(row["n_edges"], row["nonsense"]) for row in circuits if row.get("nonsense")]
+    no_smaller = sum(control["reached"] and control["n_edges"] <= n for n, control in controls)
+    told = []
+    if none:
+        told.append(
+            f"{none} of {len(circuits)} circuits have no edge, and are counted as one: what needs none, a bigram table "
+            "or one channel from embedding to logits, does these tasks, so their size says nothing about the models."
+        )
+    if no_smaller:
+        told.append(
+            f"{no_smaller} of {len(controls)} circuits are no smaller than what the same search finds for a nonsense "
+            "answer, so their size says little about the task."
+        )
+    return told
+
+
+def setting_table(study: Study, found: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each setting."""
+    head = ["setting", "seeds", "weights", "nonzero", "held-out loss", "reached", *(f"edges: {m}" for m in MEANS),
+            "nonsense circuits", "on the front"]  # fmt: skip
+    first = default_mean(study)
+    rows = []
+    for setting, f in zip(study.settings, found, strict=True):
+        values: Mapping[str, Value] = f["means"]
+        rows.append([
+            title(setting, study), str(len(setting.models)), f"{setting.n_params:,.0f}", f"{setting.n_nonzero:,.0f}",
+            _with_interval(f["val_loss"], f["loss_interval"], ".3f"),
+            f"{f['n_reached']} of {f['n_asked']}" + (f", {f['n_open']} open" if f["n_open"] else ""),
+            *("at least " * v.at_least + _with_interval(v.mean, v.interval, ",.0f") for v in values.values()),
+            _nonsense(f["floors"]["own"]),
+            "yes" if values[first].pareto else "",
+        ])  # fmt: skip
+    return head, rows
+
+
+def _nonsense(floor: Floor) -> str:
+    reached = f"{floor.n_reached} of {floor.n_asked} found"
+    return reached if floor.times is None else f"{floor.times:.2g} times as large, {reached}"
+
+
+def task_table(study: Study) -> Table:
+    """How many models reach each task."""
+    rows = []
+    for task in study.tasks:
+        n, of = sum(task in m.reached for m in study.models), sum(task in m.outcomes for m in study.models)
+        rows.append([task, f"{n} of {of}", "yes" if task in study.common else ""])
+    return ["task", "models that reach it", "the same for all"], rows
+
+
+def factor_table(factors: Sequence[Mapping[str, Any]]) -> Table:
+    """Interpretability at equal capability."""
+    head = ["line", "against", "held-out loss", "edges", "dense edges", "circuits shrink by", "tasks compared"]
+    return head, [[row["line"], row["dense"], *_factor(row)] for row in factors]
+
+
+def _factor(row: Mapping[str, Any]) -> list[str]:
+    if "nearest" in row:
+        if row["nearest"] is None:
+            return ["", "", "", "no circuit on one side", ""]
+        (a, loss), (b, other) = row["nearest"]
+        return ["", "", "", f"no overlap; nearest: {a} at {loss:.3f}, {b} at {other:.3f}", ""]
+    tasks = f"{row['n_tasks']} of {row['n_asked']}"
+    if row["factor"] is None:
+        return [f"{row['loss']:.3f}", "", "", "no task that both reach", tasks]
+    numbers = [f"{row['loss']:.3f}", f"{row['edges']:,.0f}", f"{row['dense_edges']:,.0f}"]
+    if row["n_without_edges"]:  # counted as one edge, so that the factor may be any
+        tasks += f"; {row['n_without_edges']} of {row['n_circuits']} circuits have no edge"
+    return [*numbers, f"{_with_interval(row['factor'], row['interval'], '.3g')}", tasks]
+
+
+def _with_interval(mean: float | None, interval: tuple[float, float] | None, form: str) -> str:
+    if mean is None:
+        return ""
+    return f"{mean:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
+
+
+def markdown(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence[Mapping[str, Any]]) -> str:
+    """The tables as a document."""
+    parts = ["# Capability against interpretability", introduction(study), _listed(cautions(study, found, factors))]
+    parts += ["## Settings", _table(*setting_table(study, found)), _listed(f"{m}: {MEANINGS[m]}" for m in MEANS)]
+    if factors:
+        parts += ["## Interpretability at equal capability", _table(*factor_table(factors))]
+    parts += ["## Tasks", _table(*task_table(study))]
+    if study.left_out:
+        parts.append(f"Left out, since a tokenizer cannot express them: {', '.join(study.left_out)}.")
+    if study.missing:
+        parts += ["## Missing", _listed(study.missing)]
+    return "\n\n".join(parts) + "\n"
+
+
+def introduction(study: Study) -> str:
+    """What the picture shows."""
+    unit = "edges" if study.graph == "channel" else "edges between heads and MLPs"
+    n = len(study.models)
+    return (
+        f"Held-out loss against the geometric mean over tasks of the {unit} of circuits at {target(study)}: "
+        f"{n} model{'s' * (n > 1)}, {len(study.settings)} settings, {len(study.tasks)} tasks. Brackets are 95 % "
+        "bootstrap intervals over tasks and seeds."
+    )
+
+
+def _listed(items: Iterable[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))

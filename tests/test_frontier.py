@@ -1,0 +1,209 @@
+"""What `sparsetrain frontier` writes, and what a reader can do with the page in a browser."""
+
+import json
+import os
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from made_sweep import FAILED, model_rows, ruled_sweep, write_rows
+
+from sparsetrain.analysis.frontier import write_frontier
+from sparsetrain.cli import main
+from sparsetrain.sweeping.rows import read_rows
+
+FILES = {"frontier.html", "frontier.json", "frontier.md", "frontier.png", "frontier.svg"}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep of 16 models with its frontier; one run directory is there, with a circuit and its page."""
+    folder = tmp_path_factory.mktemp("swept")
+    ruled_sweep(folder, (64, 128), (0.0625, 0.125, 0.25))
+    first, second = [row for row in read_rows(folder) if row["reached"]][:2]
+    circuit = folder / "points" / first["point"] / "circuits" / first["task"] / "node_masks"
+    circuit.mkdir(parents=True)
+    (circuit / "circuit.json").write_text("{}")
+    (circuit / "circuit.html").write_text("<title>a circuit</title>")
+    bare = circuit.parents[1] / second["task"] / "node_masks"
+    bare.mkdir(parents=True)
+    (bare / "circuit.json").write_text("{}")
+    write_frontier([folder])
+    return folder
+
+
+@pytest.fixture
+def page(open_page, swept):
+    return open_page(swept / "frontier.html", width=1400)
+
+
+def columns(page, name: str) -> dict:
+    return page.evaluate(
+        """(name) => Object.fromEntries(Object.entries(Bokeh.documents[0].get_model_by_name(name).data)
+               .map(([key, column]) => [key, Array.from(column)]))""",
+        name,
+    )
+
+
+def data_of(folder) -> dict:
+    return json.loads((folder / "frontier.json").read_text())
+
+
+def test_the_command_says_and_writes_it(tmp_path, capsys):
+    folder = write_rows(tmp_path / "s", model_rows(3.0, {"a": 4, "b": 9}, width=1), model_rows(3.1, {"a": FAILED}))
+    assert main(["frontier", str(folder), "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "| width=1 | 1 | 4,000 | 1,000 | 3.000 | 2 of 2 | 6 [4, 9] |" in told
+    assert "There is no dense baseline" in told and "One seed of each setting" in told
+    assert "_seed-0: prune: died" in told
+    assert told.endswith(f"page: {tmp_path / 'out' / 'frontier.html'}\n")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == FILES
+    assert {file.name for file in folder.iterdir()} == {"rows.jsonl"}
+
+
+def test_nothing_to_draw_is_an_error_with_a_remedy(tmp_path, capsys):
+    assert main(["frontier", str(write_rows(tmp_path))]) == 1
+    assert "error: a sweep must hold a trained model, got none in" in capsys.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl"}
+
+
+def test_what_cannot_be_written_is_an_error(tmp_path, capsys):
+    folder = write_rows(tmp_path / "s", model_rows(3.0, {"a": 4}))
+    (tmp_path / "file").write_text("")
+    assert main(["frontier", str(folder), "--out", str(tmp_path / "file")]) == 1
+    assert "could not make" in capsys.readouterr().err
+
+
+def test_the_same_rows_give_the_same_files(swept, tmp_path):
+    write_frontier([swept], tmp_path)
+    for name in FILES - {"frontier.html"}:
+        assert (tmp_path / name).read_bytes() == (swept / name).read_bytes(), name
+    before = (tmp_path / "frontier.html").read_bytes()
+    write_frontier([swept], tmp_path)
+    assert (tmp_path / "frontier.html").read_bytes() == before
+
+
+def test_the_pictures_are_pictures(swept):
+    assert (swept / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    texts = [node.text for node in ElementTree.parse(swept / "frontier.svg").iter() if node.tag.endswith("}text")]
+    assert "held-out loss, nats per token" in texts
+    counts = [f"{s['n_reached']}/{s['n_asked']}" for s in data_of(swept)["settings"]]
+    assert sum(text in counts for text in texts) == len(counts)
+    assert {"dense", "on the front"} <= {*texts}
+
+
+def test_what_is_published_makes_the_page_again(swept, tmp_path):
+    (run,) = (swept / "points").iterdir()
+    (run / "config.yaml").write_text("run: {name: x, seed: 3}\nmodel: {d_model: 64}\n")
+    write_frontier([swept], tmp_path / "out", tmp_path / "results")
+    (run / "config.yaml").unlink()
+    assert {f.name for f in (tmp_path / "results").iterdir()} == FILES - {"frontier.html"} | {
+        "rows.jsonl", "configs.json"
+    }  # fmt: skip
+    configs = json.loads((tmp_path / "results" / "configs.json").read_text())
+    assert configs == {"shared": {"run.seed": 3, "model.d_model": 64}, "points": {run.name: {}}}
+    write_frontier([tmp_path / "results"])
+    again, first = (data_of(folder) for folder in (tmp_path / "results", swept))
+    assert again["settings"] == first["settings"] and again["equal_capability"] == first["equal_capability"]
+
+
+@pytest.mark.browser
+def test_the_page_shows_every_setting_at_its_place(page, swept):
+    found = data_of(swept)["settings"]
+    points = columns(page, "points")
+    assert points["x"] == pytest.approx([s["val_loss"] for s in found], rel=1e-4)
+    assert points["y"] == pytest.approx([s["means"]["common"]["mean"] for s in found], rel=1e-4)
+    assert points["marker"] == ["diamond" if s["dense"] else "circle" for s in found]
+    counts = [f"{s['n_reached']}/{s['n_asked']}" for s in found]
+    assert sorted(columns(page, "labels")["text"]) == sorted(counts)
+    assert len(columns(page, "rings")["x"]) == sum(s["means"]["common"]["pareto"] for s in found) > 0
+    assert page.locator("#settings tbody tr").count() == len(found)
+    assert page.locator("#factors tbody tr").count() == len(data_of(swept)["equal_capability"])
+    assert "null" not in page.inner_text("body")
+
+
+@pytest.mark.browser
+def test_means_and_lines_can_be_chosen(page, swept):
+    found = data_of(swept)["settings"]
+    assert len(columns(page, "lines")["xs"]) == 3  # dense and two widths
+    page.select_option("#way", "sparsity.density")
+    assert page.locator("#legend .line").all_inner_texts() == ["dense", "d_model=64", "d_model=128"]
+    page.select_option("#way", "l0")
+    assert any("nonzeros" in text for text in page.locator("#legend .line").all_inner_texts())
+    page.select_option("#mean", "bound")
+    assert columns(page, "points")["y"] == pytest.approx([s["means"]["bound"]["mean"] for s in found], rel=1e-4)
+    assert "the truth is not known" in page.inner_text("#meaning")
+    page.wait_for_function("Bokeh.documents[0].get_model_by_name('labels').data.text.some((t) => t.startsWith('↑'))")
+    assert columns(page, "intervals")["x0"] and not columns(page, "floors")["x"]
+    page.uncheck("#intervals")
+    page.check("#floors")
+    assert not columns(page, "floors")["top"], "a bound has no floor"
+    page.select_option("#mean", "own")
+    own = [s["means"]["own"]["mean"] for s in found]
+    assert columns(page, "floors")["top"] == pytest.approx([4 * mean for mean in own], rel=1e-4)
+    assert not columns(page, "intervals")["x0"]
+
+
+@pytest.mark.browser
+def test_a_click_shows_the_runs_and_circuits_of_a_setting(page, swept):
+    page.evaluate("document.getElementById('figure').scrollIntoView()")
+    place = page.evaluate(
+        """() => {
+            const plot = Bokeh.documents[0].get_model_by_name("frontier");
+            const view = Bokeh.index.find_one_by_id(plot.id);
+            const { x, y } = Bokeh.documents[0].get_model_by_name("points").data;
+            const canvas = view.canvas_view.el.getBoundingClientRect();
+            return [canvas.x + view.frame.x_scale.compute(x[0]), canvas.y + view.frame.y_scale.compute(y[0])];
+        }"""
+    )
+    page.mouse.click(*place)
+    page.wait_for_selector("#chosen")
+    first, second = [row for row in read_rows(swept) if row["reached"]][:2]
+    assert page.inner_text("#chosen") == "d_model=64 density=0.0625"
+    (run,) = (swept / "points").iterdir()
+    links = page.locator("#panel a").evaluate_all("(found) => found.map((a) => a.getAttribute('href'))")
+    assert links == [
+        f"points/{run.name}/", f"points/{run.name}/config.yaml",
+        f"points/{run.name}/circuits/{first['task']}/node_masks/circuit.html",
+        f"points/{run.name}/circuits/{second['task']}/node_masks/",
+    ]  # fmt: skip
+    assert "`sparsetrain page RUN --task TASK` writes the page" in page.inner_text("#panel")
+    assert "its run directory is not beside this page" in page.inner_text("#panel")
+    assert "not reached: 0.400 is above the target" in page.inner_text("#panel")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#chosen", state="detached")
+    page.click("#panel .row")
+    page.wait_for_selector("#chosen")
+
+
+@pytest.mark.browser
+def test_models_that_miss_a_task_stand_at_the_upper_edge(open_page, tmp_path):
+    models = [model_rows(3.0 + i / 10, {"a": 5 + i, "b": None}, width=i) for i in range(2)]
+    folder = write_rows(tmp_path, *models, model_rows(4.0, {"a": None, "b": None}, width=9))
+    write_frontier([folder])
+    page = open_page(folder / "frontier.html")
+    points = columns(page, "points")
+    assert points["marker"] == ["circle", "circle", "inverted_triangle"]
+    assert points["y"][2] > max(points["y"][:2])
+    assert "0/2" in columns(page, "labels")["text"]
+
+
+@pytest.mark.browser
+def test_labels_of_a_crowd_hide_nothing(open_page, tmp_path):
+    ruled_sweep(tmp_path, range(64, 144, 8), [0.5 * 0.9**i for i in range(12)], n_seeds=1, n_tasks=3)
+    write_frontier([tmp_path])
+    page = open_page(tmp_path / "frontier.html")
+    labels = columns(page, "labels")
+    boxes = page.evaluate(
+        """() => {
+            const { x_range, y_range, inner_width, inner_height } = Bokeh.documents[0].get_model_by_name("frontier");
+            return { x: [x_range.start, x_range.end, inner_width], y: [y_range.start, y_range.end, inner_height] };
+        }"""
+    )
+    assert 10 < len(labels["text"]) < 130
+    placed = sorted(zip(*(labels[key] for key in ("x", "y", "dx", "dy", "align")), strict=True))
+    assert len({*placed}) == len(placed) and boxes["x"][2] > 400
+
+
+def test_a_moved_sweep_keeps_its_links(swept, tmp_path):
+    """They are relative, so nothing of where it lay is in the page."""
+    assert os.fspath(swept) not in (swept / "frontier.html").read_text()

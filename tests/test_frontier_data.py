@@ -1,0 +1,115 @@
+"""What of a sweep's rows is compared, and what is refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from made_sweep import FAILED, IMPOSSIBLE, OPEN, model_rows, write_rows
+
+from sparsetrain.analysis.frontier_data import FrontierError, read_study
+
+
+def test_seeds_make_a_setting_and_outcomes_are_told_apart(tmp_path):
+    study = read_study([write_rows(
+        tmp_path,
+        model_rows(3.0, {"a": 10, "b": 20, "c": None, "d": IMPOSSIBLE}, width=64),
+        model_rows(3.2, {"a": 30, "b": FAILED, "c": OPEN, "d": IMPOSSIBLE}, width=64, seed=1),
+        model_rows(4.0, {"a": 1, "b": 2, "c": 3, "d": IMPOSSIBLE}, width=8, n_nonzero=4000),
+    )])  # fmt: skip
+    first, second = study.settings
+    assert (first.name, first.seeds, first.val_loss, first.dense) == ("width=64", [0, 1], pytest.approx(3.1), False)
+    assert second.dense
+    assert study.tasks == ["a", "b", "c"] and study.left_out == {"d": "no such words"}
+    assert np.exp(first.log_edges(study.tasks)) == pytest.approx(
+        np.array([[10, 20, np.nan], [30, np.nan, np.nan]]), nan_ok=True
+    )
+    assert first.has_outcome(study.tasks).tolist() == [[True, True, True], [True, False, False]]
+    assert np.exp(second.log_nonsense(["a", "c"])) == pytest.approx(np.array([[4, 12]]))
+    assert study.missing == [
+        "_width-64_seed-1: prune: died",
+        "_width-64_seed-1: no outcome of b, c",
+        "width=8: seed 1 is not trained",
+    ]
+
+
+def test_the_same_tasks_for_all_are_those_that_every_able_model_reaches(tmp_path):
+    able = model_rows(3.0, {"a": 1, "b": 2, "c": 3}, width=1)
+    less = model_rows(3.1, {"a": 1, "b": 2, "c": None}, width=2)
+    none = model_rows(5.0, {"a": None, "b": None, "c": None}, width=3)
+    begun = model_rows(3.0, {"a": 1, "b": OPEN, "c": OPEN}, width=4)
+    study = read_study([write_rows(tmp_path, able, less, none, begun)])
+    assert (study.common, study.share) == (["a", "b"], 1.0)
+    assert read_study([write_rows(tmp_path / "begun", begun, none[:1])]).common == ["a"]
+
+
+def test_where_no_task_is_reached_by_all_those_that_most_reach_are_taken(tmp_path):
+    models = [model_rows(3.0, {"a": None if i == 0 else 1, "b": None if i < 4 else 1, "c": 1 if i == 0 else None},
+                         width=i) for i in range(10)]  # fmt: skip
+    study = read_study([write_rows(tmp_path, *models)])
+    assert (study.common, study.share) == (["a"], 0.9)
+    third = [model_rows(3.0, {task: 1 if task == name else None for task in "abc"}, width=ord(name)) for name in "abc"]
+    assert read_study([write_rows(tmp_path / "none", *third)]).common == []
+
+
+def test_a_model_that_diverged_is_missing(tmp_path):
+    study = read_study([write_rows(tmp_path, model_rows(3.0, {"a": 1}), model_rows(math.nan, {"a": 1}, width=2))])
+    assert len(study.models) == 1 and study.missing == ["_width-2_seed-0: its held-out loss is nan"]
+
+
+def test_two_sweeps_are_compared_and_one_is_not_counted_twice(tmp_path):
+    a = write_rows(tmp_path / "a", model_rows(3.0, {"t": 5}, width=1))
+    b = write_rows(tmp_path / "b", model_rows(3.0, {"t": 5, "u": 7}, width=1))
+    study = read_study([a, b, a])
+    assert len(study.settings) == len(study.models) == 2
+    assert study.missing == ["_width-1_seed-0: no outcome of u"]
+
+
+def test_what_cannot_be_drawn_is_refused(tmp_path):
+    def refused(words, name, *models):
+        with pytest.raises(FrontierError, match=words):
+            read_study([write_rows(tmp_path / name, *models)])
+
+    with pytest.raises(FrontierError, match=r"must hold the rows\.jsonl of a sweep"):
+        read_study([tmp_path / "nowhere"])
+    refused("must hold a trained model, got none", "empty")
+    refused("must hold a trained model, got none", "failed", [{**model_rows(3.0, {})[0], "val_loss": None}])
+    refused("must have tasks, got none with an outcome", "tasks", model_rows(3.0, {}))
+    refused("lines with arm, error", "other", [{"loss": 1.0}])
+    other = model_rows(3.0, {"a": 5}, width=2)
+    other[0]["target_loss"] = 0.3
+    refused(
+        r"target_loss must be the same for all circuits, got 0\.15, 0\.3", "target", model_rows(3.0, {"a": 5}), other
+    )
+    other[0] |= {"target_loss": 0.15, "graph": "component"}
+    refused(
+        "graph must be the same for all circuits, got channel, component", "graph", model_rows(3.0, {"a": 5}), other
+    )
+    (tmp_path / "text" / "rows.jsonl").parent.mkdir()
+    (tmp_path / "text" / "rows.jsonl").write_text("{half")
+    with pytest.raises(FrontierError, match=r"must hold the rows\.jsonl"):
+        read_study([tmp_path / "text"])
+
+
+def test_what_older_rows_do_not_say_is_read_from_a_circuit(tmp_path):
+    rows = model_rows(3.0, {"a": 5})
+    for key in ("graph", "target_loss"):
+        del rows[0][key]
+    circuit = tmp_path / "points" / rows[0]["point"] / "circuits" / "a" / "acdc"
+    study = read_study([write_rows(tmp_path, rows)])
+    assert (study.graph, study.target_loss) == ("channel", None)
+    circuit.mkdir(parents=True)
+    (circuit / "metrics.json").write_text(json.dumps({"graph": "component", "target_loss": 0.05}))
+    study = read_study([tmp_path])
+    assert (study.graph, study.target_loss) == ("component", 0.05)
+
+
+def test_models_of_other_corpora_or_tokenizers_are_refused(tmp_path):
+    models = [model_rows(3.0, {"a": 5}, width=width) for width in (1, 2)]
+    folder = write_rows(tmp_path, *models)
+    for rows, fingerprint in zip(models, "xy", strict=True):
+        run = folder / "points" / rows[0]["point"]
+        run.mkdir(parents=True)
+        (run / "environment.json").write_text(json.dumps({"corpus": {"fingerprint": fingerprint}}))
+    with pytest.raises(FrontierError, match="must share corpus and tokenizer.*_width-1_seed-0, _width-2_seed-0"):
+        read_study([folder])
