@@ -4,8 +4,8 @@ import pytest
 
 from sparsetrain import train
 from sparsetrain.config import ConfigError, RunConfig, load_config
-from sparsetrain.sweeping import points
-from sparsetrain.sweeping.points import expand, identity, with_values
+from sparsetrain.sweeping.identity import FREE, identity
+from sparsetrain.sweeping.points import expand, with_values
 from sparsetrain.sweeping.sweep_config import load_sweep
 
 SMALL = "base=[model.d_model=32,model.d_head=8,sparsity.density=0.25]"
@@ -81,7 +81,7 @@ def test_a_point_is_found_again_however_it_is_written_and_wherever_it_is_compute
 
 def test_free_keys_are_those_that_a_resumed_run_may_change_but_for_evaluation():
     evaluation = {"train.eval_every", "train.eval_batches"}  # what val_loss is taken from
-    assert set(points.FREE) == {"run.name", *train.FREE_ON_RESUME} - evaluation
+    assert set(FREE) == {"run.name", *train.FREE_ON_RESUME} - evaluation
 
 
 def test_identity_says_what_is_not_default():
