@@ -1,10 +1,13 @@
 """What tests of sweeps need of processes: who descends from whom, who works on a point, what rows have in common."""
 
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from sparsetrain.sweeping.points import Point
 
 COSTS = ("train_seconds", "train_peak_bytes", "discovery_seconds", "discovery_peak_bytes")
 QUICK = ["prune=[target_loss=0.69,node_masks.steps=20,train_pairs=16,heldout_pairs=16,reference_tokens=512,"
@@ -44,7 +47,11 @@ def until(true: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-def steps(folder: Path) -> int:
-    """Lines of metrics that a run has written."""
-    file = folder / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
+def half_way(point: Point) -> bool:
+    """Whether a process trains the model of a point, and has saved a checkpoint."""
+    return any((point.folder / "checkpoints").glob("step_*")) and at_work(point.folder) is not None
+
+
+def resumed_at(point: Point) -> list[int]:
+    """The steps at which training of a point went on."""
+    return [int(step) for step in re.findall(r"resuming .*, at step (\d+)", (point.folder / "log.txt").read_text())]
