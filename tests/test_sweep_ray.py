@@ -5,7 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 from sweep_processes import QUICK, at_work, facts, family, half_way, parent, resumed_at, until
@@ -77,21 +79,33 @@ def test_ctrl_c_ends_in_good_order(arguments):
         assert list((point.folder / "checkpoints").glob("step_*")), "it should have saved one"
 
 
-def test_a_cluster_that_is_there_is_joined_and_left(arguments, whole, tmp_path):
+@pytest.fixture
+def cluster():
+    """The address of a cluster of this machine that is not the sweep's own."""
     address = f"127.0.0.1:{free_port()}"
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    there = [f"--port={address.split(':')[1]}", "--num-cpus=2", f"--temp-dir={tmp_path}"]
-    silent = ["--include-dashboard=false", "--disable-usage-stats"]
-    subprocess.run([*ray, "start", "--head", *there, *silent], check=True, capture_output=True)
-    joined = [*arguments, "seeds=[0,1]", "name=joined", *RAY, f"engine.address={address}"]
-    try:
-        text = plan(load_sweep(joined))
-        assert f"engine: ray, cluster at {address}; 2 at once, each with 1 CPUs" in text
-        with pytest.raises(ConfigError, match="must be at most what a machine has"):
-            plan(load_sweep([*joined, "engine.cpus=3"]))
-        assert facts(sweep(load_sweep(joined))) == facts([row for row in whole if row["seed"] < 2])
-    finally:
-        subprocess.run([*ray, "stop"], capture_output=True)
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # a socket's path must be short
+        there = [f"--port={address.split(':')[1]}", "--num-cpus=2", f"--temp-dir={folder}", "--include-dashboard=false"]
+        with open(f"{folder}/told", "w") as told:
+            command = [*ray, "start", "--head", "--block", "--disable-usage-stats", *there]
+            open_to_all = {
+                **os.environ,
+                "RAY_AUTH_MODE": "disabled",
+            }  # else `ray start` asks all for a token of its own
+            head = subprocess.Popen(command, stdout=told, stderr=told, env=open_to_all)
+        until(lambda: "Ray runtime started" in Path(f"{folder}/told").read_text())
+        yield address
+        head.terminate()
+        head.wait()
+
+
+def test_a_cluster_that_is_there_is_joined_and_left(arguments, whole, cluster):
+    joined = [*arguments, "seeds=[0,1]", "name=joined", *RAY, f"engine.address={cluster}"]
+    text = plan(load_sweep(joined))
+    assert f"engine: ray, cluster at {cluster}; 2 at once, each with 1 CPUs" in text
+    with pytest.raises(ConfigError, match="must be at most what a machine has"):
+        plan(load_sweep([*joined, "engine.cpus=3"]))
+    assert facts(sweep(load_sweep(joined))) == facts([row for row in whole if row["seed"] < 2])
 
 
 def free_port() -> int:

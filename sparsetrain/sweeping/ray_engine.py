@@ -26,7 +26,7 @@ from sparsetrain.sweeping.worker import ATTEMPTS, PATIENCE, Worker
 log = logging.getLogger(__name__)
 GIB = 2**30
 OBJECTS = 80 * 2**20  # bytes for objects, the least that Ray takes: tasks have none to share
-SECONDS_TO_ANSWER = 20  # of a cluster; most of it is the start of Ray's own check
+SECONDS_TO_CONNECT, SECONDS_TO_ANSWER = 5, 20  # most of the latter is the start of Ray's own command
 
 
 @dataclass
@@ -139,15 +139,19 @@ def _check_answer(address: str) -> None:
     """
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), SECONDS_TO_ANSWER).close()
-        command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
-        subprocess.run(command, check=True, capture_output=True, timeout=SECONDS_TO_ANSWER)
-    except (OSError, OverflowError, subprocess.SubprocessError) as error:
-        told = str(error) if isinstance(error, OSError) else "no answer that is Ray's"
+        socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
+        command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_ANSWER)
+        told = asked.returncode and (asked.stderr.strip().splitlines() or ["no answer that is Ray's"])[-1]
+    except subprocess.TimeoutExpired:
+        told = "no answer that is Ray's"
+    except (OSError, OverflowError) as error:
+        told = str(error)
+    if told:
         raise ConfigError(
             f"engine.address must be a Ray cluster that answers, got {address} ({told}); see `ray status` there, or "
             "leave it out"
-        ) from None
+        )
 
 
 def do_point(config: Sweep, point: Point, folder: str) -> list[Failure]:
