@@ -79,6 +79,15 @@ def test_a_point_is_found_again_however_it_is_written_and_wherever_it_is_compute
     assert expanded("grid.optim.lr=[0.50001]")[0].id != there
 
 
+def test_threads_follow_the_cpus_of_a_point_where_they_are_not_set():
+    many = ["grid.optim.lr=[0.5]", "engine.cpus=4"]
+    assert expanded(*many)[0].config.run.threads is None  # serial: as it goes
+    assert expanded(*many, "engine.kind=ray")[0].config.run.threads == 4
+    set_by_hand = load_sweep([f"{SMALL[:-1]},run.threads=2]", *many, "engine.kind=slurm"])
+    assert expand(set_by_hand)[0].config.run.threads == 2
+    assert expand(set_by_hand)[0].id == expanded(*many)[0].id
+
+
 def test_free_keys_are_those_that_a_resumed_run_may_change_but_for_evaluation():
     evaluation = {"train.eval_every", "train.eval_batches"}  # what val_loss is taken from
     assert set(FREE) == {"run.name", *train.FREE_ON_RESUME} - evaluation

@@ -31,16 +31,9 @@ def arguments(sweep_place, sweep_base):
     return [base[:-1] + "".join(f', "{item}"' for item in LONGER) + "]", *rest, *QUICK]
 
 
-@pytest.fixture(scope="module")
-def whole(arguments):
-    """The rows of the serial engine, of three points."""
-    with Worker() as worker:
-        return sweep(load_sweep([*arguments, "seeds=[0,1,2]", "name=whole"]), worker=worker)
-
-
-def test_points_whose_processes_are_killed_go_on_and_the_rows_are_those_of_the_serial_engine(arguments, whole):
-    config = load_sweep([*arguments, "seeds=[0,1,2]", "name=killed", *RAY])
-    first, second, third = expand(config)
+def test_points_whose_processes_are_killed_go_on_and_the_rows_are_those_of_the_serial_engine(arguments):
+    config = load_sweep([*arguments, "seeds=[0,1]", "name=killed", *RAY])
+    first, second = expand(config)
     n_at_once = []
 
     def kill():
@@ -55,10 +48,12 @@ def test_points_whose_processes_are_killed_go_on_and_the_rows_are_those_of_the_s
     killer.start()
     rows = sweep(config)
     killer.join()
+    with Worker() as worker:
+        whole = sweep(load_sweep([*arguments, "seeds=[0,1]", "name=whole"]), worker=worker)
     assert facts(rows) == facts(whole)
     assert n_at_once == [2]
-    assert [len(resumed_at(point)) for point in (first, second, third)] == [1, 1, 0]
-    assert all(point.config.run.threads == 1 for point in (first, second, third))
+    assert [len(resumed_at(point)) for point in (first, second)] == [1, 1]
+    assert all(point.config.run.threads == 1 for point in (first, second))
 
 
 def test_ctrl_c_ends_in_good_order(arguments):
@@ -99,13 +94,13 @@ def cluster():
         head.wait()
 
 
-def test_a_cluster_that_is_there_is_joined_and_left(arguments, whole, cluster):
-    joined = [*arguments, "seeds=[0,1]", "name=joined", *RAY, f"engine.address={cluster}"]
+def test_a_cluster_that_is_there_is_joined_and_left(sweep_place, sweep_base, cluster):
+    joined = [sweep_base[0], "seeds=[0,1]", "name=joined", *RAY, f"engine.address={cluster}"]
     text = plan(load_sweep(joined))
     assert f"engine: ray, cluster at {cluster}; 2 at once, each with 1 CPUs" in text
     with pytest.raises(ConfigError, match="must be at most what a machine has"):
         plan(load_sweep([*joined, "engine.cpus=3"]))
-    assert facts(sweep(load_sweep(joined))) == facts([row for row in whole if row["seed"] < 2])
+    assert [(row["error"], row["val_loss"] > 0) for row in sweep(load_sweep(joined))] == [(None, True)] * 2
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ its pickle, from nowhere.
 import json
 import logging
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from submitit.core.utils import DelayedSubmission, FailedJobError
@@ -28,7 +29,7 @@ IDS = "slurm.json"
 LONGEST_ARRAY = 1000  # Slurm's own default
 TIMES_OUT = 100  # how often a point may run out of time; it goes on each time
 UNKNOWN_FOR = 24 * 3600  # seconds after which a job that Slurm does not know is not a new one, but forgotten
-NO_FAULT = ("COMPLETED", "CANCELLED")  # of the point: not recorded as its failure
+NO_FAULT = ("COMPLETED", "CANCELLED", "NODE_FAIL", "PREEMPTED")  # of the point: not recorded as its failure
 
 
 class PointTask:
@@ -59,6 +60,8 @@ class Slurm:
         self.words = f"slurm, partition {self.options.partition or 'by default'}"
         self.at_once = self.options.at_once
         self.watch = SlurmInfoWatcher(delay_s=60)
+        self.file = config.options.folder / IDS
+        self._ids: dict[str, str] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.waiting: dict[str, tuple[Point, str]] = {}
 
     def __enter__(self) -> "Slurm":
@@ -75,7 +78,8 @@ class Slurm:
             log.warning("Slurm goes on; give the command again to wait for it, or end it by: scancel %s", ids)
 
     def submit(self, points: list[Point]) -> None:
-        known = self._ids()
+        known = {point.id: id for point in points if (id := self._ids.get(point.id))}
+        self._watch(known.values())
         self.waiting |= {p.id: (p, known[p.id]) for p in points if p.id in known and self._lives(known[p.id])}
         new = [point for point in points if point.id not in self.waiting]
         for first in range(0, len(new), LONGEST_ARRAY):
@@ -100,19 +104,21 @@ class Slurm:
         except (FailedJobError, OSError) as error:
             raise ConfigError(f"sbatch must take the options of engine, got {str(error).strip()}") from None
         sent = {point.id: job.job_id for point, job in zip(points, jobs, strict=True)}
-        write_json(self.config.options.folder / IDS, self._ids() | sent)
+        self._ids |= sent
+        write_json(self.file, self._ids)
+        self._watch(sent.values())
         self.waiting |= {point.id: (point, sent[point.id]) for point in points}
 
-    def _ids(self) -> dict[str, str]:
-        try:
-            return json.loads((self.config.options.folder / IDS).read_text())
-        except (FileNotFoundError, ValueError):
-            return {}
+    def _watch(self, ids: Iterable[str]) -> None:
+        """Ask for many jobs at once: asked for each as it comes, Slurm would be called for each."""
+        for id in ids:
+            self.watch.register_job(id)
+        self.watch.update()
 
     def _lives(self, id: str) -> bool:
         """Whether a job of an earlier start is in the queue or runs."""
-        if self.watch.get_state(id, mode="force") == "UNKNOWN":
-            return time.time() - (self.config.options.folder / IDS).stat().st_mtime < UNKNOWN_FOR
+        if self.watch.get_state(id, mode="cache") == "UNKNOWN":
+            return time.time() - self.file.stat().st_mtime < UNKNOWN_FOR
         return not self.watch.is_done(id, mode="cache")
 
     def _outcome(self, point: Point, id: str) -> Over | None:
