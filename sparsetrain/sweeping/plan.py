@@ -11,7 +11,9 @@ from sparsetrain.sweeping.records import Job, recorded
 from sparsetrain.sweeping.sweep_config import ALL, Sweep
 from sparsetrain.sweeping.worker import Worker
 
-MOST_CALIBRATED = 6  # cells whose steps are timed; others are scaled from the nearest
+STEPS = 4  # that are timed at the beginning of a run, and as many at its end
+MOST_TIMED = 6  # combinations whose steps are timed; others are scaled from the nearest
+TIMED_SHARE = 1 / 50  # of all steps to come that may be timed before them, unless that leaves none
 KNOWN, TIMED, SCALED = "as its other seeds took", "timed steps", "scaled from timed steps"
 
 
@@ -51,7 +53,9 @@ def estimates(config: Sweep, points: list[Point], worker: Worker | None) -> dict
     cells = {point.group: point for point in points}
     known = {group: _known([found[p.id] for p in points if p.group == group]) for group in cells}
     unknown = [point for group, point in cells.items() if known[group] is None]
-    timed = {point.group: _timed(config, point, worker) for point in _spread(unknown)} if worker else {}
+    steps = sum(point.config.train.steps for point in points if known[point.group] is None)
+    n_timed = min(MOST_TIMED, max(1, int(steps * TIMED_SHARE / (2 * STEPS)))) if worker else 0
+    timed = {point.group: _timed(config, point, worker) for point in _spread(unknown, n_timed)} if worker else {}
     pruned = [
         record["seconds"] for of in found.values() for job, record in of if "seconds" in record and job.stage == "prune"
     ]
@@ -125,18 +129,18 @@ def _known(seeds: list[list[tuple[Job, dict]]]) -> tuple[float, int | None, str]
     return fmean(r["train_seconds"] for r in results), max(memory, default=None), KNOWN
 
 
-def _spread(points: list[Point]) -> list[Point]:
-    """A few of the points, from the cheapest to the dearest."""
+def _spread(points: list[Point], n: int) -> list[Point]:
+    """Some of the points, from the cheapest to the dearest; the dearest alone where it is one."""
     ordered = sorted(points, key=lambda point: cost(point.config))
-    if len(ordered) <= MOST_CALIBRATED:
+    if len(ordered) <= n:
         return ordered
-    return [ordered[i * (len(ordered) - 1) // (MOST_CALIBRATED - 1)] for i in range(MOST_CALIBRATED)]
+    return [ordered[-1 - i * (len(ordered) - 1) // max(1, n - 1)] for i in range(n)]
 
 
 def _timed(config: Sweep, point: Point, worker: Worker) -> tuple[float | None, int | None, str]:
     threads = point.config.run.threads
     asked = {key: value for key, value in point.identity.items() if key != "run.seed"} | {"threads": threads}
-    order = {"config": asdict(point.config)}
+    order = {"config": asdict(point.config), "steps": STEPS}
     name = f"calibrate-{point.id.rpartition('_seed-')[0]}"
     job = Job(name, "calibrate", config.options.folder / "plan", asked, order)
     error = None if job.record() else worker.run(job)

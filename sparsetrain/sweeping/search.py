@@ -4,16 +4,19 @@ There is no database: whenever a draw is asked for, the study is made anew of th
 of their points.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from sparsetrain.config import ConfigError
 from sparsetrain.sweeping.draws import Draw, known_draws, note_draws, rounded
 from sparsetrain.sweeping.engines import required
 from sparsetrain.sweeping.points import Point, expand
 from sparsetrain.sweeping.sweep_config import Sweep
 
+log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
@@ -61,9 +64,17 @@ class Search:
         while self.n_left:
             self.draws.append(next_draw(self.config, trials(self.config, self.draws, points, rows)))
             note_draws(self.config, self.draws)
-            if new := [point for point in expand(self.config, self.draws) if point.id not in rows]:
+            if new := [point for point in self._points_of(self.draws[-1]) if point.id not in rows]:
                 return new
         return []
+
+    def _points_of(self, draw: Draw) -> list[Point]:
+        """The points of a draw; none where it contradicts the config, which a sampler cannot know."""
+        try:
+            return expand(self.config, [draw])
+        except ConfigError as error:
+            log.info("draw %d counts as failed: %s", len(self.draws), error)
+            return []
 
 
 def trials(config: Sweep, draws: list[Draw], points: list[Point], rows: dict[str, list[Row] | None]) -> list[Trial]:
