@@ -39,7 +39,7 @@ def at_work(folder: Path) -> int | None:
     return None
 
 
-def until(true: Callable[[], bool], seconds: float = 120) -> None:
+def until(true: Callable[[], bool], seconds: float = 300) -> None:
     """Wait until something is so."""
     end = time.monotonic() + seconds
     while not true():

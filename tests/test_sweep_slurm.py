@@ -115,6 +115,11 @@ def test_the_plan_says_the_engine_and_knows_nothing_of_other_machines(slurm, arg
     assert "engine: slurm, partition long; 2 at once, each with 1 CPUs; how long it takes is not known yet" in text
 
 
+def test_a_gpu_that_no_point_declares_is_not_asked_for(slurm, arguments):
+    with pytest.raises(ConfigError, match="engine.gpus must be above 0 where run.device is cuda, got 0"):
+        plan(load_sweep([*arguments, *SLURM, "grid.run.device=[cuda]", "name=gpu"]))
+
+
 def test_a_machine_without_slurm_is_refused(arguments, worker, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match='engine.kind=slurm: Could not detect "srun"'):

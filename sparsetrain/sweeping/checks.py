@@ -12,13 +12,16 @@ from sparsetrain.sweeping.sweep_config import ALL, Sweep
 from sparsetrain.sweeping.worker import Worker
 
 
-def check(points: list[Point]) -> None:
-    """Refuse points whose directory holds a run of another config.
+def check(config: Sweep, points: list[Point]) -> None:
+    """Refuse points whose directory holds a run of another config, or that need a GPU where the engine has none.
 
     Raises:
         ConfigError: all of those at once.
     """
     problems = []
+    engine = config.options.engine
+    if engine.kind != "serial" and not engine.gpus and any(point.config.run.device == "cuda" for point in points):
+        problems.append("engine.gpus must be above 0 where run.device is cuda, got 0")
     for point in points:
         there = _there(point)
         if there is not None and there != point.identity:

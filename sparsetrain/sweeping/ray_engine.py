@@ -12,13 +12,14 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from sparsetrain.config import ConfigError
 from sparsetrain.sweeping.complete import Failure, Over, complete, give_up, under_way
-from sparsetrain.sweeping.engines import Tick
+from sparsetrain.sweeping.engines import Tick, hide_gpus
 from sparsetrain.sweeping.points import Point
 from sparsetrain.sweeping.sweep_config import Sweep
 from sparsetrain.sweeping.worker import ATTEMPTS, PATIENCE, Worker
@@ -116,19 +117,22 @@ def start(address: str | None) -> None:
     """Start Ray on this machine, or join a cluster.
 
     Raises:
-        ConfigError: the cluster does not answer.
+        ConfigError: the cluster does not answer, or Ray does not start.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would send them
     if address:
         _check_answer(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        return
-    # Its watch over memory would end small processes of Ray's, not the jobs that are large.
-    os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112
-    ray.init(
-        address="local", num_cpus=len(os.sched_getaffinity(0)), object_store_memory=OBJECTS, include_dashboard=False,
-        log_to_driver=False, logging_level=logging.ERROR,
-    )  # fmt: skip
+        asked: dict[str, Any] = {"address": address}
+    else:
+        # Its watch over memory would end small processes of Ray's, not the jobs that are large.
+        os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112
+        n_cpus = len(os.sched_getaffinity(0))
+        asked = {"address": "local", "num_cpus": n_cpus, "object_store_memory": OBJECTS, "include_dashboard": False}
+    try:
+        ray.init(**asked, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises no narrower one: of a machine that is too busy, say
+        ray.shutdown()
+        raise ConfigError(f"engine.kind=ray: Ray could not be started: {error}") from error
 
 
 def _check_answer(address: str) -> None:
@@ -157,8 +161,7 @@ def _check_answer(address: str) -> None:
 def do_point(config: Sweep, point: Point, folder: str) -> list[Failure]:
     """Do what a point needs in a process of Ray's; what failed."""
     os.chdir(folder)
-    if not config.options.engine.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    hide_gpus(config)
     return complete(config, point, _worker(os.environ.get("CUDA_VISIBLE_DEVICES")).run)
 
 

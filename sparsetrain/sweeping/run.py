@@ -32,7 +32,7 @@ def plan(config: Sweep) -> str:
         ConfigError: as `sweep`.
     """
     points = expand(config)
-    check(points)
+    check(config, points)
     with Worker() as worker, engine_of(config, worker) as engine:
         left = [point for point in points if is_left(recorded(config, point))]
         return plan_text(config, points, left, estimates(config, points, worker if engine.here else None), engine)
@@ -55,7 +55,7 @@ def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> l
         WriteError: rows or table could not be written.
     """
     points = expand(config)
-    check(points)
+    check(config, points)
     folder = config.options.folder
     _make(folder)
     rows, left = {}, []
@@ -116,9 +116,11 @@ def _points_over(
             if not new:
                 break
             points, waiting = [*points, *new], [*waiting, *new]
+            rows.update({point.id: [] for point in new})  # their order is that of the draws, not of who is over first
         batch, waiting = waiting[:room], waiting[room:]
-        given.update({point.id: point for point in batch})
-        engine.submit(batch)
+        if batch:
+            given.update({point.id: point for point in batch})
+            engine.submit(batch)
         if not given:
             return
         for over in engine.over(lambda: progress.tick(given.values())):

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from submitit.core.utils import DelayedSubmission, FailedJobError
@@ -18,9 +19,9 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmInfoWatcher, SlurmJob
 from sparsetrain.config import ConfigError
 from sparsetrain.files import write_json
 from sparsetrain.sweeping.complete import Failure, Over, complete, give_up, is_left
-from sparsetrain.sweeping.engines import Tick
+from sparsetrain.sweeping.engines import Tick, hide_gpus
 from sparsetrain.sweeping.points import Point
-from sparsetrain.sweeping.records import recorded
+from sparsetrain.sweeping.records import RECORDS, recorded
 from sparsetrain.sweeping.sweep_config import Sweep
 from sparsetrain.sweeping.worker import Worker
 
@@ -39,6 +40,7 @@ class PointTask:
         self.config, self.point = config, point
 
     def __call__(self) -> None:
+        hide_gpus(self.config)
         self.worker = Worker()
         with self.worker:
             for failure in complete(self.config, self.point, self.worker.run):
@@ -79,7 +81,8 @@ class Slurm:
 
     def submit(self, points: list[Point]) -> None:
         known = {point.id: id for point in points if (id := self._ids.get(point.id))}
-        self._watch(known.values())
+        if known:
+            self._watch(known.values())
         self.waiting |= {p.id: (p, known[p.id]) for p in points if p.id in known and self._lives(known[p.id])}
         new = [point for point in points if point.id not in self.waiting]
         for first in range(0, len(new), LONGEST_ARRAY):
@@ -123,7 +126,9 @@ class Slurm:
 
     def _outcome(self, point: Point, id: str) -> Over | None:
         """How a point ended; None while it is not over."""
-        ended = self.watch.is_done(id)  # before the records are read: what it did is in them then
+        if ended := self.watch.is_done(id):  # before the records are read: what it did is in them then
+            with suppress(OSError), open(point.folder / RECORDS):
+                pass  # a file system of several machines looks anew at a file that is opened
         done = recorded(self.config, point)
         if not is_left(done):
             failed = [Failure(job.name, record["error"]) for job, record in done if "error" in record]
