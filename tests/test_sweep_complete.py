@@ -3,7 +3,6 @@
 import fcntl
 import io
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pytest
 
@@ -16,7 +15,6 @@ from sparsetrain.sweeping.complete import (
     is_left,
     under_way,
 )
-from sparsetrain.sweeping.plan import Estimate, plan_text
 from sparsetrain.sweeping.points import expand
 from sparsetrain.sweeping.progress import Progress
 from sparsetrain.sweeping.records import recorded
@@ -103,38 +101,3 @@ def test_the_bar_shows_the_points_that_are_under_way(swept, monkeypatch):
         progress.finished(Over(first, [Failure("measure-m.f", "died")]), [], took=20.0)
     assert f"{first.id}: measure-m.f failed: died; see {first.folder / 'log.txt'}" in terminal.getvalue()
     assert f"{first.id}: 20 s; about 20 s left" in terminal.getvalue()  # 2 points of 20 s, two at once
-
-
-@dataclass
-class Two:
-    """An engine that runs two points at once."""
-
-    words, at_once = "ray, on this machine", 2
-
-
-@pytest.mark.parametrize(
-    "more, seconds, told",
-    [
-        ([], 30.0, "engine: ray, on this machine; 2 at once, each with 4 CPUs, 1 GPUs; about 45 s in all, pruning not"),
-        (["tasks=[]"], 30.0, "about 45 s in all"),  # 3 points of 30 s
-        (["tasks=[]", "seeds=[0]", "grid.optim.lr=[0.1]"], 30.0, "about 30 s in all"),  # no shorter than one
-        (["tasks=[]"], None, "how long it takes is not known yet"),
-        (["search.sampler=tpe", "samples.optim.lr=[uniform,0,1]", "n_samples=13", "tasks=[]", "seeds=[0]",
-          "search.objective=val_loss"], 30.0, "about 3.2 min in all"),
-    ],
-)  # fmt: skip
-def test_the_plan_says_how_many_points_run_at_once_and_the_time_that_follows(tmp_path, more, seconds, told):
-    asked = [
-        f"out={tmp_path}",
-        "seeds=[0,1,2]",
-        "tasks=[for_while]",
-        "engine.kind=ray",
-        "engine.cpus=4",
-        "engine.gpus=1",
-    ]
-    config = load_sweep([*asked, *more])
-    points = expand(config)
-    expected = {point.id: Estimate(seconds, None, "timed", None, 0) for point in points}
-    text = plan_text(config, points, points, expected, Two())
-    assert told in text
-    assert ("up to 3 points more" in text) == config.options.adaptive
