@@ -4,8 +4,8 @@ import pytest
 
 from sparsetrain import train
 from sparsetrain.config import ConfigError, RunConfig, load_config
-from sparsetrain.sweeping import points
-from sparsetrain.sweeping.points import expand, identity, with_values
+from sparsetrain.sweeping.identity import FREE, identity
+from sparsetrain.sweeping.points import expand, with_values
 from sparsetrain.sweeping.sweep_config import load_sweep
 
 SMALL = "base=[model.d_model=32,model.d_head=8,sparsity.density=0.25]"
@@ -79,9 +79,18 @@ def test_a_point_is_found_again_however_it_is_written_and_wherever_it_is_compute
     assert expanded("grid.optim.lr=[0.50001]")[0].id != there
 
 
+def test_threads_follow_the_cpus_of_a_point_where_they_are_not_set():
+    many = ["grid.optim.lr=[0.5]", "engine.cpus=4"]
+    assert expanded(*many)[0].config.run.threads is None  # serial: as it goes
+    assert expanded(*many, "engine.kind=ray")[0].config.run.threads == 4
+    set_by_hand = load_sweep([f"{SMALL[:-1]},run.threads=2]", *many, "engine.kind=slurm"])
+    assert expand(set_by_hand)[0].config.run.threads == 2
+    assert expand(set_by_hand)[0].id == expanded(*many)[0].id
+
+
 def test_free_keys_are_those_that_a_resumed_run_may_change_but_for_evaluation():
     evaluation = {"train.eval_every", "train.eval_batches"}  # what val_loss is taken from
-    assert set(points.FREE) == {"run.name", *train.FREE_ON_RESUME} - evaluation
+    assert set(FREE) == {"run.name", *train.FREE_ON_RESUME} - evaluation
 
 
 def test_identity_says_what_is_not_default():

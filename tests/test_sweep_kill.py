@@ -9,19 +9,13 @@ import sys
 import time
 from contextlib import suppress
 
+from sweep_processes import QUICK, facts, family
+
 from sparsetrain.sweeping.run import sweep
 from sparsetrain.sweeping.sweep_config import load_sweep
 from sparsetrain.sweeping.worker import Worker
 
-COSTS = ("train_seconds", "train_peak_bytes", "discovery_seconds", "discovery_peak_bytes")
-ARGUMENTS = ["seeds=[0,1]", "prune=[target_loss=0.69,node_masks.steps=20,train_pairs=16,heldout_pairs=16,"
-             "reference_tokens=512,random_sets=2,nonsense=false,clean_evaluations=50]"]  # fmt: skip
-
-
-def family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [pid, *(p for child in file.read().split() for p in family(int(child)))]
+ARGUMENTS = ["seeds=[0,1]", *QUICK]
 
 
 def killed(arguments: list[str], folder, seconds: float, all_at_once: bool) -> None:
@@ -40,10 +34,6 @@ def killed(arguments: list[str], folder, seconds: float, all_at_once: bool) -> N
 
 def n_recorded(points) -> int:
     return sum(len(json.loads(file.read_text())) for file in points.glob("*/jobs.json"))
-
-
-def facts(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in (*COSTS, "sweep")} for row in rows]
 
 
 def test_the_rows_are_those_of_a_sweep_that_was_not_killed(sweep_place, sweep_base):

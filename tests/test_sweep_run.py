@@ -12,7 +12,9 @@ from sparsetrain.checkpoint import load_run
 from sparsetrain.config import ConfigError, load_config
 from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning.prune import prune
+from sparsetrain.sweeping.complete import under_way
 from sparsetrain.sweeping.points import expand
+from sparsetrain.sweeping.records import jobs
 from sparsetrain.sweeping.rows import read_rows
 from sparsetrain.sweeping.run import sweep
 from sparsetrain.sweeping.sweep_config import load_sweep
@@ -184,3 +186,19 @@ def test_a_full_disk_is_a_recorded_failure(place, base, rows, worker):
     assert "could not write" in failed["error"]
     (row,) = sweep(load_sweep([*base, *arguments]), True, worker)
     assert row["error"] is None
+
+
+def test_a_job_whose_parent_is_killed_ends_and_is_not_done_twice(base, worker):
+    config = load_sweep([*base, "name=orphan", "seeds=[0,1]", "arms.long=[train.steps=200]"])
+    point = expand(config)[0]
+    job, killed = next(jobs(config, point)), []
+
+    def kill():
+        if not killed and under_way(point):
+            killed.append(worker.process.pid)
+            worker.process.kill()
+
+    assert worker.run(job, kill) is None
+    assert killed and worker.process.pid != killed[0]
+    assert job.record()["result"]["tokens"] == 200 * 4 * 32
+    assert "resuming" not in (point.folder / "log.txt").read_text()

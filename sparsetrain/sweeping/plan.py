@@ -4,12 +4,16 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 
 from sparsetrain.config import RunConfig
+from sparsetrain.sweeping.draws import known_draws
+from sparsetrain.sweeping.engines import Engine
 from sparsetrain.sweeping.points import Point
 from sparsetrain.sweeping.records import Job, recorded
 from sparsetrain.sweeping.sweep_config import ALL, Sweep
 from sparsetrain.sweeping.worker import Worker
 
-MOST_CALIBRATED = 6  # cells whose steps are timed; others are scaled from the nearest
+STEPS = 4  # that are timed at the beginning of a run, and as many at its end
+MOST_TIMED = 6  # combinations whose steps are timed; others are scaled from the nearest
+TIMED_SHARE = 1 / 50  # of all steps to come that may be timed before them, unless that leaves none
 KNOWN, TIMED, SCALED = "as its other seeds took", "timed steps", "scaled from timed steps"
 
 
@@ -37,22 +41,34 @@ class Estimate:
         return (self.train_seconds or 0) + (self.task_seconds or 0) * self.n_tasks
 
 
-def estimates(config: Sweep, points: list[Point], worker: Worker) -> dict[str, Estimate]:
-    """An estimate for each point, by its id; steps are timed where no other seed of the point is done."""
+def estimates(config: Sweep, points: list[Point], worker: Worker | None) -> dict[str, Estimate]:
+    """An estimate for each point, by its id; steps are timed where no other seed of the point is done.
+
+    Args:
+        config: the sweep.
+        points: its points.
+        worker: times steps; None: none are timed, since the points run on other machines.
+    """
     found = {point.id: recorded(config, point) for point in points}
     cells = {point.group: point for point in points}
     known = {group: _known([found[p.id] for p in points if p.group == group]) for group in cells}
     unknown = [point for group, point in cells.items() if known[group] is None]
-    timed = {point.group: _timed(config, point, worker) for point in _spread(unknown)}
-    pruned = [record["seconds"] for of in found.values() for job, record in of if job.stage == "prune" and record]
+    steps = sum(point.config.train.steps for point in points if known[point.group] is None)
+    n_timed = min(MOST_TIMED, max(1, int(steps * TIMED_SHARE / (2 * STEPS)))) if worker else 0
+    timed = {point.group: _timed(config, point, worker) for point in _spread(unknown, n_timed)} if worker else {}
+    pruned = [
+        record["seconds"] for of in found.values() for job, record in of if "seconds" in record and job.stage == "prune"
+    ]
     numbers = [sum(job.stage == "prune" for job, _ in of) for of in found.values() if "result" in of[-1][1]]
     n_tasks = fmean(numbers) if ALL in config.options.tasks and numbers else len({*config.options.tasks} - {ALL})
     training = {g: known[g] or timed.get(g) or _scaled(cells[g], timed, cells) for g in cells}
     return {p.id: Estimate(*training[p.group], fmean(pruned) if pruned else None, n_tasks) for p in points}
 
 
-def plan_text(config: Sweep, points: list[Point], left: list[Point], expected: dict[str, Estimate]) -> str:
-    """The plan as a table: a line for all seeds of a combination, then the sum over what is left."""
+def plan_text(
+    config: Sweep, points: list[Point], left: list[Point], expected: dict[str, Estimate], engine: Engine
+) -> str:
+    """The plan as a table: a line for all seeds of a combination, then the sum over what is left, and the wall time."""
     cells: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         cells.setdefault(point.group, []).append(point)
@@ -66,8 +82,32 @@ def plan_text(config: Sweep, points: list[Point], left: list[Point], expected: d
             f"  {_cell_name(of[0]):{width}}  {n_left} of {len(of)} left, {duration(one.train_seconds)} each, "
             f"{_memory(one.peak_bytes)} ({one.source})"
         )
-    seconds = sum(expected[point.id].train_seconds or 0 for point in left)
-    return "\n".join([*lines, f"training: about {duration(seconds)}; {_pruning(config, left, expected)}"])
+    if n_more := _n_draws_to_come(config, points) * len(config.options.seeds):
+        lines.append(f"  up to {n_more} points more, whose draws follow from what these give")
+    known = [expected[point.id].train_seconds for point in left]
+    seconds = None if None in known else sum(known) * (1 + n_more / max(1, len(known)))
+    lines.append(f"training: about {duration(seconds)}; {_pruning(config, left, expected)}")
+    return "\n".join([*lines, _wall_time(config, left, n_more, expected, engine)])
+
+
+def _n_draws_to_come(config: Sweep, points: list[Point]) -> int:
+    return config.options.n_samples - len(known_draws(config)) if config.options.adaptive else 0
+
+
+def _wall_time(config: Sweep, left: list[Point], n_more: int, expected: dict[str, Estimate], engine: Engine) -> str:
+    """The engine, how many points it runs at once, and how long all that is left takes then."""
+    options = config.options.engine
+    asked = [f"{options.cpus} CPUs", f"{options.gpus:g} GPUs" * bool(options.gpus)]
+    asked += [f"{options.memory:g} GiB"] if options.memory else []
+    each = f", each with {', '.join(filter(None, asked))}" if options.kind != "serial" else ""
+    rooms = "as many points at once as there is room for" if engine.at_once is None else f"{engine.at_once} at once"
+    known = [expected[point.id] for point in left]
+    if not known or engine.at_once is None or any(one.train_seconds is None for one in known):
+        return f"engine: {engine.words}; {rooms}{each}; how long it takes is not known yet"
+    longest, mean = max(one.seconds for one in known), fmean(one.seconds for one in known)
+    seconds = max(longest, mean * (len(known) + n_more) / engine.at_once)
+    without = ", pruning not counted" if config.options.tasks and known[0].task_seconds is None else ""
+    return f"engine: {engine.words}; {rooms}{each}; about {duration(seconds)} in all{without}"
 
 
 def _pruning(config: Sweep, left: list[Point], expected: dict[str, Estimate]) -> str:
@@ -89,17 +129,18 @@ def _known(seeds: list[list[tuple[Job, dict]]]) -> tuple[float, int | None, str]
     return fmean(r["train_seconds"] for r in results), max(memory, default=None), KNOWN
 
 
-def _spread(points: list[Point]) -> list[Point]:
-    """A few of the points, from the cheapest to the dearest."""
+def _spread(points: list[Point], n: int) -> list[Point]:
+    """Some of the points, from the cheapest to the dearest; the dearest alone where it is one."""
     ordered = sorted(points, key=lambda point: cost(point.config))
-    if len(ordered) <= MOST_CALIBRATED:
+    if len(ordered) <= n:
         return ordered
-    return [ordered[i * (len(ordered) - 1) // (MOST_CALIBRATED - 1)] for i in range(MOST_CALIBRATED)]
+    return [ordered[-1 - i * (len(ordered) - 1) // max(1, n - 1)] for i in range(n)]
 
 
 def _timed(config: Sweep, point: Point, worker: Worker) -> tuple[float | None, int | None, str]:
-    asked = {key: value for key, value in point.identity.items() if key != "run.seed"}
-    order = {"config": asdict(point.config)}
+    threads = point.config.run.threads
+    asked = {key: value for key, value in point.identity.items() if key != "run.seed"} | {"threads": threads}
+    order = {"config": asdict(point.config), "steps": STEPS}
     name = f"calibrate-{point.id.rpartition('_seed-')[0]}"
     job = Job(name, "calibrate", config.options.folder / "plan", asked, order)
     error = None if job.record() else worker.run(job)

@@ -3,24 +3,18 @@
 import hashlib
 import itertools
 import json
-import math
-import random
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
-from functools import cache, cached_property, reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
 from sparsetrain.config import ConfigError, RunConfig, config_from_dict, known_keys
+from sparsetrain.sweeping.draws import Draw, known_draws
+from sparsetrain.sweeping.identity import identity, value_of
 from sparsetrain.sweeping.sweep_config import Sweep, read_leaves
 
-# Keys that change where and how a point is computed, but neither its model nor a number of its row.
-FREE = (
-    "run.name", "run.out", "run.device", "run.threads", "run.compile", "data.cache", "train.accumulate",
-    "train.checkpoint_activations", "train.log_every", "train.histogram_every", "train.checkpoint_every",
-    "train.keep_checkpoints",
-)  # fmt: skip
 RESERVED = {"run.seed": "use seeds", "run.name": "it follows from the point", "run.out": "it is the sweep's folder"}
 DENSE = {
     "sparsity.density": 1, "sparsity.embedding_density": 1, "sparsity.gradient": "dense",
@@ -68,43 +62,27 @@ class Point:
         return self.arm, json.dumps(self.values)
 
 
-def identity(config: Any) -> dict[str, Any]:
-    """The leaves of a config that are not at their defaults, but for those in FREE, as plain values."""
-    return {key: value for key, value in not_default(config) if key not in FREE}
-
-
-def not_default(config: Any) -> Iterator[tuple[str, Any]]:
-    """The leaves of a config that differ from their defaults: keys that a later version adds change nothing."""
-    for key, default in _defaults(type(config)).items():
-        if (value := value_of(config, key)) != default:
-            yield key, value
-
-
-@cache
-def _defaults(kind: type) -> dict[str, Any]:
-    return {key: value_of(kind(), key) for key, _ in known_keys(kind)}
-
-
-def value_of(config: Any, key: str) -> Any:
-    """The value of a dotted key."""
-    return reduce(getattr, key.split("."), config)
-
-
-def expand(sweep: Sweep) -> list[Point]:
+def expand(sweep: Sweep, draws: list[Draw] | None = None) -> list[Point]:
     """All points of a sweep, seed by seed, so that a sweep that is not done yet shows every arm.
+
+    Args:
+        sweep: what is varied.
+        draws: of its samples; None: all that are known. Where a search adapts, a draw that is known already or
+            contradicts the config makes no point, and the points are in the order of the draws.
 
     Raises:
         ConfigError: a key is unknown or set elsewhere, a value is out of range, or keys of a point contradict each
             other; or two points would share a directory. All problems are listed at once.
     """
     problems: list[str] = []
-    axes = _typed_axes(sweep, problems)
+    axes = _typed_axes(sweep, known_draws(sweep) if draws is None else draws, problems)
     arms = list(_arms(sweep, problems))
     _raise(problems)
     cells = [cell for arm in arms for cell in _cells(sweep, *arm, axes, problems)]
+    if sweep.options.adaptive and cells:
+        return _different([_point(sweep, *cell, seed) for cell in cells for seed in sweep.options.seeds])
     _raise(problems)
-    points = [_point(sweep, *cell, seed) for seed in sweep.options.seeds for cell in cells]
-    return _different(points)
+    return _different([_point(sweep, *cell, seed) for seed in sweep.options.seeds for cell in cells])
 
 
 def _raise(problems: list[str]) -> None:
@@ -128,11 +106,12 @@ def _arms(sweep: Sweep, problems: list[str]) -> Iterator[tuple[str, RunConfig, s
             problems += [where + line for line in str(error).splitlines()]
 
 
-def _typed_axes(sweep: Sweep, problems: list[str]) -> list[list[dict[str, Any]]]:
+def _typed_axes(sweep: Sweep, draws: list[Draw], problems: list[str]) -> list[list[dict[str, Any]]]:
     """For the grid's keys and for the draws: the settings to choose from, each checked alone."""
     axes = [(f"grid.{key}", [{key: value} for value in values]) for key, values in sweep.grid.items()]
     if sweep.samples:
-        axes.append(("samples", [_draw(sweep, i) for i in range(sweep.options.n_samples)]))
+        different = {json.dumps(draw): draw for draw in draws}  # a search may come back to one
+        axes.append(("samples", [*different.values()] if sweep.options.adaptive else draws))
     for key in {*sweep.grid} & {*sweep.samples}:
         problems.append(f"samples.{key} must not be in the grid too")
     typed = []
@@ -162,19 +141,6 @@ def _typed(key: str, value: Any) -> Any:
     return value_of(config_from_dict(kind, {key: value}), key)
 
 
-def _draw(sweep: Sweep, i: int) -> dict[str, Any]:
-    return {
-        key: _drawn(random.Random(f"{sweep.options.sample_seed} {i} {key}"), *of) for key, of in sweep.samples.items()
-    }
-
-
-def _drawn(rng: random.Random, kind: str, low: float, high: float) -> float:
-    if kind == "integer":
-        return rng.randint(int(low), int(high))
-    drawn = rng.uniform(low, high) if kind == "uniform" else math.exp(rng.uniform(math.log(low), math.log(high)))
-    return min(high, max(low, float(f"{drawn:.4g}")))  # four digits are enough, and can be read
-
-
 def _cells(
     sweep: Sweep, name: str, base: RunConfig, own: set[str], axes: list[list[dict[str, Any]]], problems: list[str]
 ) -> Iterator[tuple[str, dict[str, Any], RunConfig]]:
@@ -186,6 +152,7 @@ def _cells(
         config = with_values(base, values)
         if found := config.problems():
             problems += [f"{_label(name, values)}: {problem}" for problem in found]
+            continue
         ordered = {key: ({**fixed, **values})[key] for key in (*sweep.grid, *sweep.samples)}
         yield name, ordered, config
 
@@ -213,7 +180,10 @@ def _with(config: Any, path: list[str], value: Any) -> Any:
 
 
 def _point(sweep: Sweep, arm: str, values: dict[str, Any], config: RunConfig, seed: int) -> Point:
+    engine = sweep.options.engine
     config = with_values(config, {"run.seed": seed, "run.out": str(sweep.options.folder / "points")})
+    if engine.kind != "serial" and config.run.threads is None:
+        config = with_values(config, {"run.threads": engine.cpus})
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
     return Point(arm, values, with_values(config, {"run.name": f"{_label(arm, values)}_seed-{seed}_{digest}"}))
 

@@ -2,32 +2,41 @@
 
 import json
 import sys
-import time
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
 
+from sparsetrain.sweeping.complete import Over, left_jobs, under_way
 from sparsetrain.sweeping.plan import duration
 from sparsetrain.sweeping.points import Point
-from sparsetrain.sweeping.records import LOG, Job
+from sparsetrain.sweeping.records import LOG
+from sparsetrain.sweeping.sweep_config import Sweep
+
+SHOWN = 4  # points under way in the bar
 
 
 class Progress:
     """The live display, as a context; where standard error is no terminal there is no bar, only the lines.
 
     Args:
+        config: the sweep.
         total: points of the sweep.
-        expected: seconds that each point that is left may take, by its id.
+        n_more: of these, points that are not known yet.
+        expected: seconds that each point that is left may take, by its id; 0 where that is not known.
+        at_once: points that run at once; None where that is not known.
     """
 
-    def __init__(self, total: int, expected: dict[str, float]):
+    def __init__(self, config: Sweep, total: int, n_more: int, expected: dict[str, float], at_once: int | None):
         form = "{n_fmt}/{total_fmt} points |{bar}| {elapsed}{postfix}"
-        self.bar = tqdm(total=total, initial=total - len(expected), disable=None, bar_format=form)
-        self.expected = dict(expected)
+        self.bar = tqdm(total=total, initial=total - n_more - len(expected), disable=None, bar_format=form)
+        self.config, self.expected, self.at_once = config, expected, at_once or 1
+        known = [seconds for seconds in expected.values() if seconds]
+        self.mean = fmean(known) if known else 1.0
+        self.rest = sum(seconds or self.mean for seconds in expected.values()) + n_more * self.mean
         self.planned = self.spent = 0.0  # of the points that are over: what was expected, and what it was
-        self.job: Job | None = None
-        self.began = time.monotonic()
 
     def __enter__(self) -> "Progress":
         return self
@@ -35,36 +44,37 @@ class Progress:
     def __exit__(self, *error) -> None:
         self.bar.close()
 
-    def begins(self, point: Point, job: Job) -> None:
-        """A job of a point begins."""
-        if self.job is None or self.job.folder != job.folder:
-            self.began = time.monotonic()
-        self.job = job
-        self.tick()
+    def tick(self, given: Iterable[Point]) -> None:
+        """Show which of the points that an engine has are under way, and how far."""
+        if not self.bar.disable:
+            busy = [point for point in given if under_way(point)]
+            shown = [f"{point.id}: {self._doing(point)}" for point in busy[:SHOWN]]
+            shown += [f"{len(busy) - SHOWN} more"] * (len(busy) > SHOWN)
+            self.bar.set_postfix_str(f"{self._left()}, {'; '.join(shown)}")
 
-    def tick(self) -> None:
-        """Show how far the job is."""
-        if self.job is not None and not self.bar.disable:
-            step = f", step {_last_step(self.job.folder)}" if self.job.stage == "train" else ""
-            self.bar.set_postfix_str(f"{self._left()}, {self.job.folder.name}: {self.job.name}{step}")
-
-    def failed(self, job: Job, error: str) -> None:
-        """Tell of a failure."""
-        tqdm.write(f"{job.folder.name}: {job.name} failed: {error}; see {job.folder / LOG}", file=sys.stderr)
-
-    def finished(self, point: Point, rows: list[dict[str, Any]]) -> None:
-        """Tell the numbers of a point that is over."""
-        took = time.monotonic() - self.began
-        self.spent += took
-        self.planned += self.expected.pop(point.id, 0.0)
+    def finished(self, over: Over, rows: list[dict[str, Any]], took: float) -> None:
+        """Tell the numbers of a point that is over, and what failed."""
+        for failure in over.failures:
+            log = over.point.folder / LOG
+            tqdm.write(f"{over.point.id}: {failure.job} failed: {failure.error}; see {log}", file=sys.stderr)
+        planned = self.expected.get(over.point.id) or self.mean
+        self.rest -= planned
+        if took:
+            self.spent += took
+            self.planned += planned
         self.bar.update()
-        tqdm.write(f"{point.id}: {_numbers(rows)}{took:.0f} s; {self._left()}", file=sys.stderr)
+        tqdm.write(f"{over.point.id}: {_numbers(rows)}{took:.0f} s; {self._left()}", file=sys.stderr)
+
+    def _doing(self, point: Point) -> str:
+        job = next(left_jobs(self.config, point), None)
+        step = f", step {_last_step(point.folder)}" if job and job.stage == "train" else ""
+        return f"{job.name if job else ''}{step}"
 
     def _left(self) -> str:
         """The time left: what is expected, corrected by how the points so far took longer or shorter."""
         if not self.planned:
             return "time left not known yet"
-        return f"about {duration(sum(self.expected.values()) * self.spent / self.planned)} left"
+        return f"about {duration(max(0, self.rest) * self.spent / self.planned / self.at_once)} left"
 
 
 def _numbers(rows: list[dict[str, Any]]) -> str:

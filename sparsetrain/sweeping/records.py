@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.files import write_json
-from sparsetrain.sweeping.points import Point, not_default
+from sparsetrain.sweeping.identity import not_default
+from sparsetrain.sweeping.points import Point
 from sparsetrain.sweeping.sweep_config import ALL, BUILT_IN, Sweep, task_name
 
 LOG, RECORDS = "log.txt", "jobs.json"
@@ -76,6 +77,11 @@ Recorded = list[tuple[Job, dict[str, Any]]]  # jobs with their records
 def recorded(sweep: Sweep, point: Point) -> Recorded:
     """The jobs of a point, as far as they are known now, and what is recorded of each."""
     return [(job, job.record()) for job in jobs(sweep, point)]
+
+
+def seconds(done: Recorded) -> float:
+    """What the jobs took that are recorded as done."""
+    return sum(record.get("seconds", 0.0) for _, record in done)
 
 
 def jobs(sweep: Sweep, point: Point) -> Iterator[Job]:

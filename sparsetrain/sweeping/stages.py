@@ -22,7 +22,6 @@ from sparsetrain.tasks import load_task
 from sparsetrain.threads import use_faster_count
 from sparsetrain.train import Training, build, pick_device, train, train_step
 
-STEPS = 4  # that a calibration times, at the beginning of a run and at its end
 EVALUATION = 1 / 3  # a batch that is evaluated, in steps of training
 
 COPIED = (
@@ -117,7 +116,8 @@ def _calibrate(job: Job) -> dict[str, Any]:
     device = torch.device(_device(job))
     with ops.using(config.run.kernels):
         run = build(config, prepare(config.data), device)
-        first, last = (_step_seconds(run, step) for step in (0, max(0, config.train.steps - STEPS - 1)))
+        steps = job.order["steps"]
+        first, last = (_step_seconds(run, at, steps) for at in (0, max(0, config.train.steps - steps - 1)))
     falling = config.sparsity.anneal_stop if config.sparsity.density < 1 else 0.0
     step = falling * (first + last) / 2 + (1 - falling) * last
     t = config.train
@@ -125,12 +125,12 @@ def _calibrate(job: Job) -> dict[str, Any]:
     return {"train_seconds": step * (t.steps + evaluations), "train_peak_bytes": peak_bytes(device)}
 
 
-def _step_seconds(run: Training, at: int) -> float:
-    """The time of a training step of a run as if it had done `at` steps; the first of STEPS only warms up."""
+def _step_seconds(run: Training, at: int, n: int) -> float:
+    """The time of a training step of a run as if it had done `at` steps; the first of `n` only warms up."""
     c, seconds = run.config, []
     run.step = at
     tokens = run.corpus.tokens("train")
-    for _ in range(STEPS):
+    for _ in range(n):
         x, y = batch(tokens, c.run.seed, run.step, 0, c.train.batch_size, c.model.n_ctx, c.train.stride)
         began = time.perf_counter()
         loss, _ = train_step(run, run.model.loss, x.to(run.device), y.to(run.device))

@@ -1,12 +1,13 @@
 """The typed configuration of a sweep: what is varied, what each run shares, what is measured."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.config import ConfigError, config_from_dict, load_config, option, read_item
+from sparsetrain.config import ConfigError, config_from_dict, known_keys, load_config, read_item
 from sparsetrain.prune_config import PruneConfig
+from sparsetrain.sweeping.sweep_options import OBJECTIVES, SweepOptions
 from sparsetrain.task_language import LANGUAGE_GENERATORS
 from sparsetrain.task_probing import PROBING_TASKS
 from sparsetrain.task_prompts import GENERATORS
@@ -22,34 +23,6 @@ what is varied; every combination is a point:
       named variants of the base; an arm that sets a KEY of the grid is not crossed with it
   samples.KEY=[uniform|log_uniform|integer, LOW, HIGH]
       drawn n_samples times, all keys together"""
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    name: str = option("sweep", "name of the sweep's folder")
-    out: str = option("sweeps", "folder that holds all sweeps")
-    base: list[str] = option([], "what all runs share: FILE.yaml and KEY=VALUE, as `sparsetrain train` takes them")
-    seeds: list[int] = option([0], "run.seed of the points; all else is done once for each")
-    dense: list[str] | None = option(
-        None, "add to each arm its dense baseline of equal depth and width, with these files and overrides besides "
-        "(`optim.lr=0.01`, say); [] adds it as it is; null: none",
-    )  # fmt: skip
-    n_samples: int = option(0, "draws from `samples`", low=0)
-    sample_seed: int = option(0, "seed of the draws; the first draws of more are the same", low=0)
-    tasks: list[str] = option(
-        [], "tasks to prune in every run: names, .jsonl files; all: every built-in task that the full model does, "
-        "calibrated, at the target loss or better",
-    )  # fmt: skip
-    method: str = option("node_masks", "the method that prunes, see `sparsetrain prune --help`")
-    prune: list[str] = option([], "its settings: FILE.yaml and KEY=VALUE, as `sparsetrain prune` takes them")
-    measures: list[str] = option(
-        [],
-        "further measures of a run, as MODULE:FUNCTION; the function takes the run directory and gives numbers by name",
-    )
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.out) / self.name
 
 
 @dataclass(frozen=True)
@@ -79,15 +52,17 @@ def load_sweep(arguments: Sequence[str]) -> Sweep:
             runs are looked at by `points.expand`.
     """
     leaves = read_leaves(arguments)
-    for f in fields(SweepOptions):
-        if "list" in str(f.type) and isinstance(leaves.get(f.name), str):
-            leaves[f.name] = [leaves[f.name]]  # base: configs/quickstart.yaml
+    for key, known in known_keys(SweepOptions):
+        if "list" in str(known.type) and isinstance(leaves.get(key), str):
+            leaves[key] = [leaves[key]]  # base: configs/quickstart.yaml
     grid, arms, samples = (_take(leaves, part) for part in ("grid", "arms", "samples"))
     problems = [*_grid_problems(grid), *_arm_problems(arms), *_sample_problems(samples)]
     options = _tried(problems, config_from_dict, SweepOptions, leaves)
     prune = options and _tried(problems, load_config, PruneConfig, options.prune)
     if options:
-        problems += _option_problems(options, samples)
+        problems += [*_option_problems(options, samples), *options.engine.problems()]
+        if options.adaptive:
+            problems += _search_problems(options, [*grid, *list(arms)[1:]])
         if not (grid or arms or samples or problems or len(options.seeds) > 1 or options.dense is not None):
             problems.append("a sweep must vary something, got neither grid, arms, samples nor a second seed")
     if problems:
@@ -179,6 +154,25 @@ def _option_problems(options: SweepOptions, samples: Mapping[str, Any]) -> list[
     names = [task_name(task) for task in options.tasks]
     found += [f"tasks must have different names, got {name} twice" for name in {n for n in names if names.count(n) > 1}]
     found += [f"measures must be written MODULE:FUNCTION, got {m!r}" for m in options.measures if m.count(":") != 1]
+    return found
+
+
+def _search_problems(options: SweepOptions, crossed: list[str]) -> list[str]:
+    """What a search that adapts cannot do."""
+    found, search = [], options.search
+    if not options.n_samples:
+        found.append("search.sampler=tpe must have samples to draw, got none")
+    if crossed or options.dense is not None:
+        found.append(
+            "search.sampler=tpe must be without grid, several arms and dense, which would need a search each, got "
+            f"{', '.join(crossed) or 'dense'}; give each a sweep of its own"
+        )
+    if not search.objective or {*search.objective} - {*OBJECTIVES} or len({*search.objective}) < len(search.objective):
+        found.append(f"search.objective must be of {', '.join(OBJECTIVES)}, each once, got {search.objective}")
+    if "edges" in search.objective and not options.tasks:
+        found.append("search.objective=[edges] must have tasks to prune, got none; name tasks, or take [val_loss]")
+    if options.engine.kind == "slurm" and not options.engine.at_once:
+        found.append("engine.at_once must be set with slurm and tpe: draws that run at once learn little of each other")
     return found
 
 

@@ -25,6 +25,8 @@ from sparsetrain.files import WriteError
 from sparsetrain.sweeping.records import LOG, Job
 
 PATIENCE = 60  # seconds: to end after a signal, or to wait for a process that works on the same point
+ATTEMPTS = 2  # a job whose process was killed goes on from its last checkpoint once: then its memory may not suffice
+LOCK = ".lock"
 NEEDED = ("sparsetrain.sweeping.stages", "torch.utils.tensorboard")
 
 
@@ -50,6 +52,16 @@ class Worker:
         Returns:
             None, or why it failed.
         """
+        for _ in range(ATTEMPTS):  # if the process dies that forks
+            if answer := self._ask(job, tick):
+                return json.loads(answer)["error"]
+            assert self.process
+            status = self.process.wait()
+            self.stop()
+        return f"the process of the jobs ended with status {status}"
+
+    def _ask(self, job: Job, tick: Callable[[], None]) -> bytes:
+        """The answer to a job as it came; empty where the process died."""
         if self.process is None or self.process.poll() is not None:
             command = [sys.executable, "-m", "sparsetrain.sweeping.worker"]
             # A session of its own: Ctrl-C reaches whoever gave the jobs, who then ends this in good order.
@@ -62,12 +74,9 @@ class Worker:
             self.process.stdin.flush()
             while not select.select([self.process.stdout], [], [], 1)[0]:
                 tick()
-            answer = self.process.stdout.readline()
+            return self.process.stdout.readline()
         except BrokenPipeError:
-            answer = b""
-        if not answer:
-            return f"the process of the jobs ended with status {self.process.wait()}"
-        return json.loads(answer)["error"]
+            return b""
 
     def stop(self) -> None:
         """End the process, and the job that is under way; training saves a checkpoint first."""
@@ -87,16 +96,27 @@ class Worker:
 
 def main() -> None:
     """Take jobs until standard input ends."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to all: whoever gave the jobs answers it
     for name in NEEDED:
         importlib.import_module(name)
     answers = os.fdopen(os.dup(1), "wb", 0)
     os.dup2(2, 1)  # what anyone prints is no answer
     for line in sys.stdin.buffer:
-        answers.write(json.dumps({"error": _forked(Job.from_message(line.decode()))}).encode() + b"\n")
+        answers.write(json.dumps({"error": _done(Job.from_message(line.decode()))}).encode() + b"\n")
 
 
-def _forked(job: Job) -> str | None:
-    """Do a job in a process of its own; returns why it failed."""
+def _done(job: Job) -> str | None:
+    """Do a job, again if its process was killed; returns why it failed."""
+    for _ in range(ATTEMPTS):
+        error, killed = _forked(job)
+        if not killed:
+            return error
+    _note(job, error)
+    return error
+
+
+def _forked(job: Job) -> tuple[str | None, bool]:
+    """Do a job in a process of its own; returns why it failed, and whether it was killed."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -107,12 +127,10 @@ def _forked(job: Job) -> str | None:
         told = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status >= 0:
-        return told or (f"ended with status {status}" if status else None)
+        return told or (f"ended with status {status}" if status else None), False
     name = signal.Signals(-status).name
     error = f"killed by {name}" + ("; memory may have run out" if name == "SIGKILL" else "")
-    if name != "SIGTERM":  # that is how a job is asked to stop
-        _note(job, error)
-    return error
+    return error, name != "SIGTERM"  # that is how a job is asked to stop
 
 
 def _child(job: Job, writing: int) -> int:
@@ -149,7 +167,7 @@ def _log_and_lock(folder: Path) -> int:
     os.dup2(log, 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
-    return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
 
 
 def _do(job: Job) -> None:
@@ -185,3 +203,4 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # nothing is left to do, and torch takes seconds to leave

@@ -1,0 +1,81 @@
+"""The plan of a sweep: whose steps are timed, and what it says of engines and wall time."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from sparsetrain.sweeping.plan import KNOWN, TIMED, Estimate, estimates, plan_text
+from sparsetrain.sweeping.points import expand
+from sparsetrain.sweeping.records import jobs
+from sparsetrain.sweeping.sweep_config import load_sweep
+
+
+class Timing:
+    """Times steps in no time, and counts how often."""
+
+    n = 0
+
+    def run(self, job):
+        self.n += 1
+        job.write(result={"train_seconds": 100.0, "train_peak_bytes": 10})
+
+
+@pytest.mark.parametrize("steps, n_timed", [(90, 1), (120, 2), (10_000, 6)])
+def test_timed_steps_are_few_beside_those_to_come(tmp_path, steps, n_timed):
+    widths = "grid.model.d_model=[16,32,48,64,80,96,112]"
+    config = load_sweep([f"out={tmp_path}", f"base=[train.steps={steps},sparsity.density=0.5]", widths])
+    points, timing = expand(config), Timing()
+    found = estimates(config, points, timing)
+    assert timing.n == n_timed
+    assert [found[point.id].source for point in points].count(TIMED) == n_timed
+    assert found[points[-1].id] == Estimate(100.0, 10, TIMED, None, 0)  # the dearest is among them
+    assert estimates(config, points, timing) == found and timing.n == n_timed  # they are kept
+
+
+def test_points_that_are_done_stand_for_their_other_seeds_and_other_machines_are_not_timed(tmp_path):
+    config = load_sweep([f"out={tmp_path}", "grid.model.d_model=[64,128]", "seeds=[0,1]", "tasks=[for_while]"])
+    points = expand(config)
+    train, prune = jobs(config, points[0])
+    (train.folder / "model").mkdir(parents=True)
+    train.write(result={"train_seconds": 7.0, "train_peak_bytes": None}, seconds=8.0)
+    prune.write(error="died")
+    found = estimates(config, points, None)
+    assert [found[point.id].train_seconds for point in points] == [7.0, None, 7.0, None]
+    assert [found[point.id].source for point in points] == [KNOWN, "not known"] * 2
+    timed = estimates(config, points, Timing())
+    assert [timed[point.id].source for point in points] == [KNOWN, TIMED] * 2
+
+
+@dataclass
+class Two:
+    """An engine that runs two points at once."""
+
+    words, at_once = "ray, on this machine", 2
+
+
+@pytest.mark.parametrize(
+    "more, seconds, told",
+    [
+        ([], 30.0, "engine: ray, on this machine; 2 at once, each with 4 CPUs, 1 GPUs; about 45 s in all, pruning not"),
+        (["tasks=[]"], 30.0, "about 45 s in all"),  # 3 points of 30 s
+        (["tasks=[]", "seeds=[0]", "grid.optim.lr=[0.1]"], 30.0, "about 30 s in all"),  # no shorter than one
+        (["tasks=[]"], None, "how long it takes is not known yet"),
+        (["search.sampler=tpe", "samples.optim.lr=[uniform,0,1]", "n_samples=13", "tasks=[]", "seeds=[0]",
+          "search.objective=val_loss"], 30.0, "about 3.2 min in all"),
+    ],
+)  # fmt: skip
+def test_the_plan_says_how_many_points_run_at_once_and_the_time_that_follows(tmp_path, more, seconds, told):
+    asked = [
+        f"out={tmp_path}",
+        "seeds=[0,1,2]",
+        "tasks=[for_while]",
+        "engine.kind=ray",
+        "engine.cpus=4",
+        "engine.gpus=1",
+    ]
+    config = load_sweep([*asked, *more])
+    points = expand(config)
+    expected = {point.id: Estimate(seconds, None, "timed", None, 0) for point in points}
+    text = plan_text(config, points, points, expected, Two())
+    assert told in text
+    assert ("up to 3 points more" in text) == config.options.adaptive
