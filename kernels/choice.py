@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.kernels import costs, cpu, reference
+from sparsetrain.kernels.graphs import constant_in_graphs
 from sparsetrain.kernels.layout import block_tokens
 from sparsetrain.kernels.sparse_weight import SparseWeight
 
@@ -79,7 +80,7 @@ def pick(
 
 # torch.compile calls the two choices below once for each size, and does not trace into the files and modules they read.
 # `index` makes it a plain integer where the size is a symbol.
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _pick_for(
     backend: Backend,
     device: str,
@@ -132,7 +133,7 @@ def pick_product(backend: Backend, x: Tensor, weight: SparseWeight, weigh_dense:
     return _cheapest(backend, fast, x.dtype, size, training, index(block_tokens(x)))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _cheapest(backend: Backend, fast: str, dtype: torch.dtype, size: tuple, training: bool, block_tokens: int) -> str:
     """What the cost model says is fastest for a product, among what `backend` allows and what can run."""
     size = costs.Size(*size)

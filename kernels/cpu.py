@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sparsetrain.kernels import reference
+from sparsetrain.kernels.graphs import constant_in_graphs
 from sparsetrain.kernels.native import call, library
 from sparsetrain.kernels.reference import is_channel_major
 from sparsetrain.kernels.sparse_weight import Order, SparseWeight
@@ -265,7 +266,7 @@ def transposed(x: Tensor) -> Tensor:
     return y
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def has_library() -> bool:
     """Whether the C is there; attention, which has no other fast path, is left to its reference where it is not."""
     return library() is not None

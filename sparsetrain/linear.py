@@ -1,6 +1,7 @@
 """A linear map whose weight can be dense, multiplied as a sparse one, or held at some candidates alone."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,6 @@ class Linear(nn.Linear):
             return linear(x, self.weight, self.bias)
         return self._sparse(x)
 
-    @torch.compiler.disable  # its nonzeros change every step, which a compiled graph would be specialised to
     def _sparse(self, x: Tensor) -> Tensor:
         y = sparse_linear(x, self.active, self.bias, gradient_to=self.candidates or self.weight)
         if self.explore is not None and y.requires_grad:
@@ -97,3 +97,9 @@ class Linear(nn.Linear):
         """The weight (M, K), detached, written out where it is held at candidates."""
         held = self.held()
         return held if isinstance(held, Tensor) else held.to_dense()
+
+
+@cache
+def leave_sparse_products_out_of_graphs() -> None:
+    """Have torch.compile not trace sparse products, from now on: a graph would be made for nonzeros, which change."""
+    Linear._sparse = torch.compiler.disable(Linear._sparse)  # not above: it imports the whole compiler, two seconds

@@ -19,6 +19,7 @@ from sparsetrain.config import ConfigError, RunConfig, config_to_dict, config_to
 from sparsetrain.data import batch, file_hash, prepare
 from sparsetrain.files import write_json, write_whole
 from sparsetrain.kernels import ops
+from sparsetrain.linear import leave_sparse_products_out_of_graphs
 from sparsetrain.locality.sheet import image
 from sparsetrain.locality.wiring import DENSEST
 from sparsetrain.loop import TrainingError, run_steps
@@ -287,6 +288,7 @@ def _describe(run_dir: Path, run: Training) -> None:
 def _compiled(loss_of: LossOf) -> LossOf:
     # The graph breaks at every sparse product, and torch warns of each tensor that goes from one part to the next.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+    leave_sparse_products_out_of_graphs()
     return torch.compile(loss_of)
 
 

@@ -92,3 +92,8 @@ def test_there_is_no_top_level_package_called_kernels():
 def test_importing_the_package_and_asking_for_help_need_no_torch():
     code = "import sys, sparsetrain, sparsetrain.cli; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_training_does_not_import_the_compiler_of_torch():
+    code = "import sys, sparsetrain.train, sparsetrain.pruning.prune; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "it takes two seconds"
