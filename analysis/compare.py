@@ -12,7 +12,7 @@ from sparsetrain.checkpoint import load_run, run_corpus
 from sparsetrain.config import RunConfig
 from sparsetrain.files import make_folder, write_json
 from sparsetrain.model import Transformer
-from sparsetrain.sweeping.points import identity, value_of
+from sparsetrain.sweeping.identity import identity, value_of
 
 FORMAT = "sparsetrain-compare-1"
 CIRCUIT = ("n_nodes", "n_edges", "task_loss", "target_loss", "faithfulness", "completeness_loss", "kl", "graph", "size")

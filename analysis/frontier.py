@@ -13,7 +13,7 @@ from sparsetrain.analysis.frontier_means import default_mean, summarise
 from sparsetrain.analysis.frontier_page import write_frontier_page
 from sparsetrain.analysis.frontier_picture import write_pictures
 from sparsetrain.files import make_folder, write_json, write_whole
-from sparsetrain.sweeping.points import FREE
+from sparsetrain.sweeping.identity import FREE
 from sparsetrain.sweeping.rows import ROWS
 from sparsetrain.sweeping.sweep_config import read_leaves
 
