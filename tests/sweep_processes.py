@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sparsetrain.sweeping.points import Point
+from sparsetrain.sweeping.records import RECORDS, read_records
 
 COSTS = ("train_seconds", "train_peak_bytes", "discovery_seconds", "discovery_peak_bytes")
 QUICK = ["prune=[target_loss=0.69,node_masks.steps=20,train_pairs=16,heldout_pairs=16,reference_tokens=512,"
@@ -49,7 +50,8 @@ def until(true: Callable[[], bool], seconds: float = 300) -> None:
 
 def half_way(point: Point) -> bool:
     """Whether a process trains the model of a point, and has saved a checkpoint."""
-    return any((point.folder / "checkpoints").glob("step_*")) and at_work(point.folder) is not None
+    saved = any((point.folder / "checkpoints").glob("step_*"))
+    return saved and "train" not in read_records(point.folder / RECORDS) and at_work(point.folder) is not None
 
 
 def resumed_at(point: Point) -> list[int]:

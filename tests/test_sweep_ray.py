@@ -57,9 +57,10 @@ def test_points_whose_processes_are_killed_go_on_and_the_rows_are_those_of_the_s
 
 
 def test_ctrl_c_ends_in_good_order(arguments):
-    config = load_sweep([*arguments, "seeds=[0,1]", "name=stopped", *RAY])
-    points = expand(config)
-    command = [sys.executable, "-m", "sparsetrain", "sweep", *arguments, "seeds=[0,1]", "name=stopped", *RAY]
+    base, *rest = arguments
+    long = [base[:-1] + ', "train.steps=2000"]', *rest, "seeds=[0,1]", "name=stopped", *RAY]  # both train when it comes
+    points = expand(load_sweep(long))
+    command = [sys.executable, "-m", "sparsetrain", "sweep", *long]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     until(lambda: all(half_way(point) for point in points))
     all_of_it = family(run.pid)

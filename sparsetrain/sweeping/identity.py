@@ -8,9 +8,9 @@ from sparsetrain.config import known_keys
 
 # Keys that change where and how a point is computed, but neither its model nor a number of its row.
 FREE = (
-    "run.name", "run.out", "run.device", "run.threads", "run.compile", "data.cache", "train.accumulate",
-    "train.checkpoint_activations", "train.log_every", "train.histogram_every", "train.checkpoint_every",
-    "train.keep_checkpoints",
+    "run.name", "run.out", "run.device", "run.threads", "run.compile", "run.sharded", "data.cache",
+    "train.accumulate", "train.checkpoint_activations", "train.log_every", "train.histogram_every",
+    "train.checkpoint_every", "train.keep_checkpoints",
 )  # fmt: skip
 
 
