@@ -169,7 +169,8 @@ class Stopped(Worker):
 
 
 def test_a_search_that_was_stopped_goes_on_with_the_same_points(sweep_place, sweep_base):
-    asked = [sweep_base[0], *TPE, "n_samples=5", "search.startup=2", "search.objective=val_loss"]
+    base = sweep_base[0][:-1] + ', "train.steps=10"]'
+    asked = [base, *TPE, "n_samples=5", "search.startup=2", "search.objective=val_loss"]
     with pytest.raises(KeyboardInterrupt), Stopped(4) as worker:
         sweep(load_sweep([*asked, "name=stopped"]), worker=worker)
     noted = json.loads((sweep_place / "sweeps/stopped/draws.json").read_text())["draws"]
