@@ -27,7 +27,8 @@ from sparsetrain.sweeping.records import LOG, Job
 PATIENCE = 60  # seconds: to end after a signal, or to wait for a process that works on the same point
 ATTEMPTS = 2  # a job whose process was killed goes on from its last checkpoint once: then its memory may not suffice
 LOCK = ".lock"
-NEEDED = ("sparsetrain.sweeping.stages", "torch.utils.tensorboard")
+# Imported before the first job, so that no job does it again; torch's optimisers take the last of them, two seconds.
+NEEDED = ("sparsetrain.sweeping.stages", "torch.utils.tensorboard", "torch._dynamo")
 
 
 class Worker:
