@@ -6,9 +6,11 @@ makes it wait until the job of the dead process has saved a checkpoint and ended
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -48,6 +50,7 @@ class Ray:
         self.words = "ray, on this machine" if self.here else f"ray, cluster at {self.options.address}"
         self.at_once: int | None = None
         self.given: dict[ray.ObjectRef, Given] = {}
+        self.interrupted = False
 
     def __enter__(self) -> "Ray":
         start(self.options.address)
@@ -56,6 +59,8 @@ class Ray:
         except ConfigError:
             ray.shutdown()
             raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._interrupt)
         options = self.options
         self.task = ray.remote(do_point).options(
             num_cpus=options.cpus, num_gpus=options.gpus, memory=int((options.memory or 0) * GIB), max_retries=0
@@ -68,6 +73,13 @@ class Ray:
         until = time.monotonic() + PATIENCE
         while any(map(under_way, given)) and time.monotonic() < until:
             time.sleep(0.2)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _interrupt(self, *signal_and_frame) -> None:
+        """Note Ctrl-C as well as raise it: what is raised inside Ray's own code may be lost there."""
+        self.interrupted = True
+        raise KeyboardInterrupt
 
     def submit(self, points: list[Point]) -> None:
         for point in points:
@@ -75,6 +87,8 @@ class Ray:
 
     def over(self, tick: Tick) -> list[Over]:
         ready, _ = ray.wait(list(self.given), timeout=1)
+        if self.interrupted:
+            raise KeyboardInterrupt
         tick()
         return [over for ref in ready if (over := self._taken(self.given.pop(ref), ref))]
 
