@@ -60,7 +60,7 @@ class Ray:
             ray.shutdown()
             raise
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._interrupt)
+            self.before = signal.signal(signal.SIGINT, self._interrupt)
         options = self.options
         self.task = ray.remote(do_point).options(
             num_cpus=options.cpus, num_gpus=options.gpus, memory=int((options.memory or 0) * GIB), max_retries=0
@@ -74,7 +74,7 @@ class Ray:
         while any(map(under_way, given)) and time.monotonic() < until:
             time.sleep(0.2)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, self.before)
 
     def _interrupt(self, *signal_and_frame) -> None:
         """Note Ctrl-C as well as raise it: what is raised inside Ray's own code may be lost there."""
