@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from sparsetrain.sweeping.points import expand
 from sparsetrain.sweeping.rows import ROWS, read_rows
+from sparsetrain.sweeping.sweep_config import SWEEP, load_sweep
 
 Row = dict[str, Any]
 NEEDED = {"sweep", "point", "arm", "values", "seed", "n_params", "n_nonzero", "val_loss", "task", "error"}
@@ -170,7 +172,7 @@ def read_study(folders: Sequence[str | Path]) -> Study:
     common, share = _common(models, tasks)
     return Study(
         settings=settings, tasks=tasks, left_out=left_out, common=common, share=share,
-        missing=_missing(rows, settings, tasks), target_loss=_one(models, "target_loss"),
+        missing=[*_missing(rows, models, tasks), *_not_begun(rows)], target_loss=_one(models, "target_loss"),
         graph=_one(models, "graph") or "channel",
     )  # fmt: skip
 
@@ -228,20 +230,22 @@ def _common(models: list[Model], tasks: list[str]) -> tuple[list[str], float]:
     return [], 1.0
 
 
-def _missing(rows: list[tuple[Path, Row]], settings: list[Setting], tasks: list[str]) -> list[str]:
-    """What can be seen to be missing: rows do not say which settings were never begun."""
+def _not_begun(rows: list[tuple[Path, Row]]) -> list[str]:
+    """Points of the sweeps' own configs that have no row."""
+    begun = {(folder, row["point"]) for folder, row in rows}
+    files = [folder / SWEEP for folder in dict(begun) if (folder / SWEEP).exists()]
+    points = [(file.parent, point.id) for file in files for point in expand(load_sweep([str(file)]))]
+    return [f"{point}: not trained yet" for folder, point in points if (folder, point) not in begun]
+
+
+def _missing(rows: list[tuple[Path, Row]], models: list[Model], tasks: list[str]) -> list[str]:
+    """What rows show to be missing or failed."""
     told = [f"{row['point']}: {row['error']}" for _, row in rows if row["error"]]
     told += [f"{row['point']}: its held-out loss is {row['val_loss']}" for _, row in rows
              if not row["error"] and not _is_trained(row)]  # fmt: skip
-    seeds: dict[tuple, set[int]] = {}
-    for setting in settings:
-        seeds.setdefault(setting.family[:2], set()).update(setting.seeds)
-    for setting in settings:
-        absent = sorted(seeds[setting.family[:2]] - {*setting.seeds})
-        told += [f"{setting.name}: seed {', '.join(map(str, absent))} is not trained"] * bool(absent)
-        for model in setting.models:
-            open_tasks = [task for task in tasks if task not in model.outcomes]
-            told += [f"{model.row['point']}: no outcome of {', '.join(open_tasks)}"] * bool(open_tasks)
+    for model in models:
+        open_tasks = [task for task in tasks if task not in model.outcomes]
+        told += [f"{model.row['point']}: no outcome of {', '.join(open_tasks)}"] * bool(open_tasks)
     return list(dict.fromkeys(told))
 
 

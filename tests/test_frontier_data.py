@@ -8,6 +8,8 @@ import pytest
 from made_sweep import FAILED, IMPOSSIBLE, OPEN, model_rows, write_rows
 
 from sparsetrain.analysis.frontier_data import FrontierError, read_study
+from sparsetrain.sweeping.points import expand
+from sparsetrain.sweeping.sweep_config import SWEEP, load_sweep, sweep_to_yaml
 
 
 def test_seeds_make_a_setting_and_outcomes_are_told_apart(tmp_path):
@@ -29,8 +31,17 @@ def test_seeds_make_a_setting_and_outcomes_are_told_apart(tmp_path):
     assert study.missing == [
         "_width-64_seed-1: prune: died",
         "_width-64_seed-1: no outcome of b, c",
-        "width=8: seed 1 is not trained",
     ]
+
+
+def test_points_of_the_config_that_have_no_row_are_missing(tmp_path):
+    config = load_sweep([f"out={tmp_path}", "name=s", "grid.model.d_model=[64,128]"])
+    folder = write_rows(tmp_path / "s", model_rows(3.0, {"a": 10}))
+    first, second = expand(config)
+    rows = folder / "rows.jsonl"
+    rows.write_text(rows.read_text().replace('"point": "_seed-0"', f'"point": "{first.id}"'))
+    (folder / SWEEP).write_text(sweep_to_yaml(config))
+    assert read_study([folder]).missing == [f"{second.id}: not trained yet"]
 
 
 def test_the_same_tasks_for_all_are_those_that_every_able_model_reaches(tmp_path):

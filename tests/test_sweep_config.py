@@ -3,7 +3,8 @@
 import pytest
 
 from sparsetrain.config import ConfigError
-from sparsetrain.sweeping.sweep_config import load_sweep
+from sparsetrain.sweeping.points import expand
+from sparsetrain.sweeping.sweep_config import load_sweep, sweep_to_yaml
 
 
 def test_files_and_overrides_give_grid_arms_and_samples(tmp_path):
@@ -22,6 +23,24 @@ def test_files_and_overrides_give_grid_arms_and_samples(tmp_path):
     assert read.arms == {"plain": []}
     assert read.samples == {"optim.lr": ("log_uniform", 0.001, 0.1)}
     assert read.prune.target_loss == 0.3
+
+
+def test_a_written_config_needs_none_of_the_files_that_it_was_made_of(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {d_model: 64}\noptim: {lr: 1e-05}\ndata: {paths: [a b, 'c=\"d']}\n")
+    (tmp_path / "arm.yaml").write_text("locality: {pressure: loss}\n")
+    given = [
+        f"base=[{tmp_path}/base.yaml,run.threads=null]", f"arms.far=[{tmp_path}/arm.yaml]", "dense=[optim.lr=1e-2]",
+        "grid.sparsity.density=[0.1,2e-1]", "samples.optim.eps=[log_uniform,1e-9,1e-1]", "n_samples=2",
+    ]  # fmt: skip
+    read = load_sweep(given)
+    points = expand(read)
+    written = tmp_path / "sweep.yaml"
+    written.write_text(sweep_to_yaml(read))
+    for file in ("base.yaml", "arm.yaml"):
+        (tmp_path / file).unlink()
+    again = load_sweep([str(written)])
+    assert expand(again) == points and len(points) == 6
+    assert sweep_to_yaml(again) == written.read_text()
 
 
 def test_all_problems_are_told_at_once():

@@ -71,6 +71,7 @@ def good(rows):
 
 def test_a_row_holds_what_the_run_directory_says(place, arguments, rows):
     assert rows == read_rows("sweeps/all")
+    assert expand(load_sweep(["sweeps/all/sweep.yaml"])) == expand(load_sweep(arguments))
     assert [(row["arm"], row["seed"], row["task"]) for row in good(rows)] == [("good", 0, "mine"), ("good", 1, "mine")]
     for row, point in zip(good(rows), (p for p in expand(load_sweep(arguments)) if p.arm == "good"), strict=True):
         model, _, config = load_run(point.folder)

@@ -16,7 +16,7 @@ from sparsetrain.sweeping.progress import Progress
 from sparsetrain.sweeping.records import recorded, seconds
 from sparsetrain.sweeping.rows import point_rows, write_rows
 from sparsetrain.sweeping.search import Search
-from sparsetrain.sweeping.sweep_config import Sweep
+from sparsetrain.sweeping.sweep_config import SWEEP, Sweep, sweep_to_yaml
 from sparsetrain.sweeping.table import table
 from sparsetrain.sweeping.worker import Worker
 
@@ -47,7 +47,8 @@ def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> l
         worker: takes the jobs that are done by this process; None starts one, which ends with the sweep.
 
     Returns:
-        The rows, see `rows.point_rows`; they are in `rows.jsonl` in the sweep's folder too, beside `table.md`.
+        The rows, see `rows.point_rows`; they are in `rows.jsonl` in the sweep's folder too, beside `table.md` and
+        the config in `sweep.yaml`.
 
     Raises:
         ConfigError: the points cannot be made, a directory of one holds another run, or the engine cannot be used;
@@ -58,6 +59,7 @@ def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> l
     check(config, points)
     folder = config.options.folder
     _make(folder)
+    write_whole(folder / SWEEP, sweep_to_yaml(config).encode())
     rows, left = {}, []
     for point in points:
         done = recorded(config, point)

@@ -1,11 +1,14 @@
 """The typed configuration of a sweep: what is varied, what each run shares, what is measured."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.config import ConfigError, config_from_dict, known_keys, load_config, read_item
+import yaml
+
+from sparsetrain.config import ConfigError, config_from_dict, config_to_dict, known_keys, load_config, read_item
 from sparsetrain.prune_config import PruneConfig
 from sparsetrain.sweeping.sweep_options import OBJECTIVES, SweepOptions
 from sparsetrain.task_language import LANGUAGE_GENERATORS
@@ -14,6 +17,7 @@ from sparsetrain.task_prompts import GENERATORS
 
 BUILT_IN = tuple(draw.__name__ for draw in (*GENERATORS, *LANGUAGE_GENERATORS))
 ALL = "all"
+SWEEP = "sweep.yaml"  # in the sweep's folder, its config as it was last started
 DRAWS = ("uniform", "log_uniform", "integer")
 VARIED = """
 what is varied; every combination is a point:
@@ -81,6 +85,22 @@ def read_leaves(arguments: Sequence[str]) -> dict[str, Any]:
     for item in arguments:
         leaves.update(read_item(item))
     return leaves
+
+
+def sweep_to_yaml(sweep: Sweep) -> str:
+    """A sweep's config as YAML that stands alone: the files that it names are written out as their keys."""
+    o = sweep.options
+    options = replace(
+        o, base=_written_out(o.base), prune=_written_out(o.prune), dense=o.dense and _written_out(o.dense)
+    )  # fmt: skip
+    samples = {key: list(drawn) for key, drawn in sweep.samples.items()}
+    varied = {"grid": sweep.grid, "arms": {n: _written_out(of) for n, of in sweep.arms.items()}, "samples": samples}
+    given = {part: values for part, values in varied.items() if values}
+    return yaml.safe_dump(config_to_dict(options) | given, sort_keys=False, width=120)
+
+
+def _written_out(items: Sequence[str]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in read_leaves(items).items()]
 
 
 def _take(leaves: dict[str, Any], part: str) -> dict[str, Any]:
