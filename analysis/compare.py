@@ -9,10 +9,10 @@ from sparsetrain.analysis.compare_losses import Side, compare_losses
 from sparsetrain.analysis.compare_page import write_compare_page
 from sparsetrain.analysis.compare_text import report
 from sparsetrain.checkpoint import load_run, run_corpus
-from sparsetrain.config import RunConfig
+from sparsetrain.config import RunConfig, value_of
 from sparsetrain.files import make_folder, write_json
 from sparsetrain.model import Transformer
-from sparsetrain.sweeping.identity import identity, value_of
+from sparsetrain.sweeping.identity import identity
 
 FORMAT = "sparsetrain-compare-1"
 CIRCUIT = ("n_nodes", "n_edges", "task_loss", "target_loss", "faithfulness", "completeness_loss", "kl", "graph", "size")

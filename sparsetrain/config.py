@@ -7,6 +7,7 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -279,6 +280,11 @@ def config_to_yaml(config: Any) -> str:
 def config_to_dict(config: Any) -> dict[str, Any]:
     """The whole config as nested plain values."""
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def value_of(config: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    return reduce(getattr, key.split("."), config)
 
 
 def known_keys(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

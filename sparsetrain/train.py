@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain import checkpoint, machine, parallel, sparsity
-from sparsetrain.config import ConfigError, RunConfig, config_to_dict, config_to_yaml, known_keys, load_config
+from sparsetrain.config import ConfigError, RunConfig, config_to_yaml, known_keys, load_config, value_of
 from sparsetrain.data import batch, file_hash, prepare
 from sparsetrain.files import write_json, write_whole
 from sparsetrain.kernels import ops
@@ -230,9 +230,9 @@ def refuse_changes(file: Path, config: RunConfig) -> None:
     """
     before = load_config(type(config), [str(file)])
     changes = [
-        f"{key}: {_value(before, key)!r} there, {_value(config, key)!r} now"
+        f"{key}: {value_of(before, key)!r} there, {value_of(config, key)!r} now"
         for key, _ in known_keys(type(config))
-        if key not in FREE_ON_RESUME and not _is_same(key, _value(before, key), _value(config, key))
+        if key not in FREE_ON_RESUME and not _is_same(key, value_of(before, key), value_of(config, key))
     ]
     if changes:
         raise ConfigError(
@@ -259,13 +259,6 @@ def _is_same(key: str, before: Any, now: Any) -> bool:
     if key == "data.tokenizer" and before and now and before != now:
         return not Path(before).exists() or file_hash(Path(before)) == file_hash(Path(now))
     return before == now
-
-
-def _value(config: RunConfig, key: str) -> Any:
-    value: Any = config_to_dict(config)
-    for part in key.split("."):
-        value = value[part]
-    return value
 
 
 def _describe(run_dir: Path, run: Training) -> None:

@@ -1,10 +1,10 @@
 """What makes a run what it is: its settings, less those that change none of its numbers."""
 
 from collections.abc import Iterator
-from functools import cache, reduce
+from functools import cache
 from typing import Any
 
-from sparsetrain.config import known_keys
+from sparsetrain.config import known_keys, value_of
 
 # Keys that change where and how a point is computed, but neither its model nor a number of its row.
 FREE = (
@@ -29,8 +29,3 @@ def not_default(config: Any) -> Iterator[tuple[str, Any]]:
 @cache
 def _defaults(kind: type) -> dict[str, Any]:
     return {key: value_of(kind(), key) for key, _ in known_keys(kind)}
-
-
-def value_of(config: Any, key: str) -> Any:
-    """The value of a dotted key."""
-    return reduce(getattr, key.split("."), config)

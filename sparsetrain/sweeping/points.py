@@ -10,9 +10,9 @@ from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.config import ConfigError, RunConfig, config_from_dict, known_keys
+from sparsetrain.config import ConfigError, RunConfig, config_from_dict, known_keys, value_of
 from sparsetrain.sweeping.draws import Draw, known_draws
-from sparsetrain.sweeping.identity import identity, value_of
+from sparsetrain.sweeping.identity import identity
 from sparsetrain.sweeping.sweep_config import Sweep, read_leaves
 
 RESERVED = {"run.seed": "use seeds", "run.name": "it follows from the point", "run.out": "it is the sweep's folder"}
