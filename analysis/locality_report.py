@@ -4,6 +4,7 @@ import json
 import logging
 import statistics
 import time
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,47 @@ def measure(laid: LaidOutRun, circuits: dict[str, Circuit], named: bool) -> tupl
     found["discovery"] = {"run": _run_costs(laid), "circuits": {n: _costs(c, measured[n]) for n, c in shown.items()},
                           "sources": SOURCES}  # fmt: skip
     return found, shown
+
+
+def numbers(run: str | Path) -> dict[str, float | None]:
+    """A run's locality in numbers, for the `measures` of a sweep; see `measure` for what they are.
+
+    Returns:
+        Of the model: `wire_length` in its layout, `wire_length_afterwards` in one found afterwards, `wire_length_null`
+        of its degrees (mean over shuffles), `modularity` and `modularity_null`, `clusterability`, `block_fill`,
+        `inference_ms`. Of its circuits, as means: `circuit_edge_share` and `circuit_wire_share` of the model's wiring,
+        `circuit_distance` of a node from another over that of random nodes of the same degrees, `circuit_span` over
+        theirs, and `logit_difference_gap`; None where there is no circuit of channels.
+
+    Raises:
+        CheckpointError: the run holds no readable model, or its layout is damaged.
+        LocalityError: the layout does not fit.
+    """
+    found, _ = measure(open_run(run), run_circuits(run), False)
+    circuits, costs = found["circuits"].values(), found["discovery"]["circuits"].values()
+    spreads = [circuit["spread"] for circuit in circuits]
+    return {
+        "wire_length": found["length"]["length"],
+        "wire_length_afterwards": found["relayout"]["length"],
+        "wire_length_null": statistics.fmean(found["length"]["null"]),
+        "modularity": found["modularity"]["q"],
+        "modularity_null": statistics.fmean(found["modularity"]["null"]),
+        "clusterability": found["clusterability"]["layout"],
+        "block_fill": found["block_fill"]["layout"],
+        "inference_ms": found["discovery"]["run"]["inference_milliseconds"],
+        "circuit_edge_share": _mean(circuit["wiring"]["edge_share"] for circuit in circuits),
+        "circuit_wire_share": _mean(circuit["wiring"]["wire_share"] for circuit in circuits),
+        "circuit_distance": _mean(s["distance"] / s["random_distance"] for s in spreads if s["random_distance"]),
+        "circuit_span": _mean(s["span"] / s["random_span"] for s in spreads if s["random_span"]),
+        "logit_difference_gap": _mean(
+            c["logit_difference_gap"] for c in costs if c["logit_difference_gap"] is not None
+        ),
+    }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    there = list(values)
+    return statistics.fmean(there) if there else None
 
 
 def _lengths(laid: LaidOutRun, layout: Layout, null: float) -> dict[str, float]:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 C = TypeVar("C")
+STRONGEST = 60  # strength x length of the sheet by selection: exp(-60) of a weight is still a float32
 
 
 class ConfigError(ValueError):
@@ -155,6 +156,32 @@ class LocalityOptions:
     rest: float = option(0.75, "from when it is `weak` of it again", "share of steps", 0, 1)
     weak: float = option(0.1, "share of the strength before ramp and after rest", "fraction", 0, 1)
 
+    def problems(self) -> list[str]:
+        """Settings that contradict each other, or would do nothing."""
+        found = []
+        if self.rest < self.ramp:
+            found.append(f"locality.rest must be at least locality.ramp = {self.ramp}, got {self.rest}")
+        if self.biases and not (self.pressure == "loss" and self.gap > 0):
+            found.append(
+                "locality.biases must be false unless pressure is loss and gap above 0, which a bias is charged"
+            )
+        if self.pressure == "selection":
+            most = STRONGEST / self.sheet
+            if self.length == "mean":
+                found.append(
+                    "locality.length must be wire where pressure is selection, got mean, which chooses nothing"
+                )
+            if self.gap:
+                found.append(
+                    f"locality.gap must be 0 where pressure is selection, got {self.gap}, which chooses nothing"
+                )
+            if self.strength is not None and self.strength > most:
+                found.append(
+                    f"locality.strength must be at most {most:g} where pressure is selection and sheet {self.sheet}, "
+                    f"got {self.strength}; float32 has no room for exp(-strength x length) beyond"
+                )
+        return found
+
 
 @dataclass(frozen=True)
 class OptimOptions:
@@ -226,12 +253,7 @@ class RunConfig:
                 found.append(
                     f"model.abs_topk.{f.name} must keep at least one of {width} channels, got {share}; 1 turns it off"
                 )
-        if self.locality.rest < self.locality.ramp:
-            found.append(
-                f"locality.rest must be at least locality.ramp = {self.locality.ramp}, got {self.locality.rest}"
-            )
-        if self.locality.length == "mean" and self.locality.pressure == "selection":
-            found.append("locality.length must be wire where pressure is selection, got mean, which chooses nothing")
+        found += self.locality.problems()
         if self.run.sharded and s.gradient != "dense":
             found.append(f"sparsity.gradient must be dense where run.sharded is true, got {s.gradient}")
         if self.run.sharded and self.locality.pressure != "none":

@@ -50,6 +50,7 @@ def build(config: RunConfig, corpus: Corpus, device: torch.device) -> Training:
     run.tensors = sparsity.projected(model, config.sparsity)
     if config.locality.pressure != "none":
         run.wiring = Wiring(config.locality, model, run.tensors, config.run.seed)
+        run.wiring.refuse_if_dense(config.sparsity)
     return run
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsetrain.analysis.locality_report import run_circuits, write_report
+from sparsetrain.analysis.locality_report import numbers, run_circuits, write_report
 from sparsetrain.analysis.locality_text import reading, report_text
 from sparsetrain.analysis.sheet_page import write_sheet
 from sparsetrain.checkpoint import load_run, load_sparse
@@ -91,6 +91,18 @@ def test_the_measures_of_discovery_name_their_sources(run, found):
     assert costs["circuits"]["one/first"]["discovery_seconds"] == 12.5
     named = {key for row in (costs["run"], *costs["circuits"].values()) for key in row}
     assert named == set(costs["sources"])
+
+
+def test_the_numbers_for_a_sweep_are_those_of_the_report(run, found, tiny_run):
+    told = numbers(run)
+    circuits = found["circuits"].values()
+    assert told["wire_length"] == found["length"]["length"] and told["modularity"] == found["modularity"]["q"]
+    assert told["circuit_edge_share"] == np.mean([c["wiring"]["edge_share"] for c in circuits])
+    ratios = [c["spread"]["distance"] / c["spread"]["random_distance"] for c in circuits]
+    assert told["circuit_distance"] == pytest.approx(np.mean(ratios)) and len(ratios) == 2
+    assert told["logit_difference_gap"] == 2.5
+    bare = numbers(shutil.copytree(tiny_run, run.parent / "bare", ignore=shutil.ignore_patterns("circuits")))
+    assert bare["wire_length"] == told["wire_length"] and bare["circuit_span"] is None
 
 
 def test_the_tables_show_all_of_it(found):

@@ -9,10 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import sparsetrain
 from sparsetrain import checkpoint
 from sparsetrain.config import RunConfig, load_config
-from sparsetrain.locality.measures import block_fill, mean_length, null_lengths
-from sparsetrain.locality.modularity import modularity_measures
+from sparsetrain.locality.measures import block_fill, mean_length
 from sparsetrain.locality.positions import LocalityError, identity, plan_of, random_layout
-from sparsetrain.locality.run import export_run, numbers, open_run
+from sparsetrain.locality.run import export_run, open_run
 from sparsetrain.train import train
 
 
@@ -96,10 +95,3 @@ def test_training_draws_the_sheet_once_it_is_sparse(local_run, tiny_run):
         found[run] = {tag: [(e.step, e.height > 300, e.width) for e in events.Images(tag)] for tag in tags}
     assert found[local_run] == {"locality/sheet": [(10, True, 480), (20, True, 480)]}
     assert found[tiny_run] == {}
-
-
-def test_the_numbers_of_a_run_are_those_of_its_report(tiny_run):
-    laid, found = open_run(tiny_run), numbers(tiny_run)
-    assert found["wire_length"] == found["wire_length_afterwards"] == mean_length(laid.edges, laid.afterwards)
-    assert found["wire_length_null"] == pytest.approx(sum(null_lengths(laid.edges, laid.layout, range(3))) / 3)
-    assert found["modularity"] == modularity_measures(laid.edges, laid.layout)["q"]

@@ -8,7 +8,7 @@ import torch
 
 import sparsetrain
 from sparsetrain import checkpoint, sparsity
-from sparsetrain.config import ConfigError, RunConfig, load_config
+from sparsetrain.config import STRONGEST, ConfigError, RunConfig, load_config
 from sparsetrain.data import batch
 from sparsetrain.locality.positions import LocalityError
 from sparsetrain.locality.pressure import distances, wire_cost
@@ -128,8 +128,37 @@ def test_places_of_another_architecture_are_refused(tiny, tmp_path):
         (["locality.ramp=0.9"], "locality.rest must be at least locality.ramp = 0.9, got 0.75"),
         (["locality.pressure=selection", "locality.length=mean"], "locality.length must be wire where"),
         (["locality.sheet=3"], r"locality.sheet must be in \[1, 2\], got 3"),
+        (["locality.biases=true"], "locality.biases must be false unless pressure is loss and gap above 0"),
+        (["locality.pressure=proximal", "locality.gap=1", "locality.biases=true"], "locality.biases must be false"),
+        (["locality.pressure=selection", "locality.gap=1"], "locality.gap must be 0 where pressure is selection"),
+        (
+            ["locality.pressure=selection", "locality.strength=40", "locality.sheet=2"],
+            "locality.strength must be at most 30 where pressure is selection and sheet 2, got 40",
+        ),
     ],
 )
 def test_settings_that_cannot_be(tiny, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(RunConfig, [*tiny, *overrides])
+
+
+def test_a_model_that_stays_too_dense_for_its_nodes_to_move_is_refused(tiny, tmp_path):
+    dense = [*tiny, f"run.out={tmp_path}", "locality.pressure=loss", "sparsity.density=0.3"]
+    with pytest.raises(ConfigError, match="at most 25% of the weights .* got 30%.*locality.relayout_every=0"):
+        train(load_config(RunConfig, dense))
+    train(load_config(RunConfig, [*dense, "locality.relayout_every=0", "train.steps=2"]))
+
+
+def test_the_strongest_selection_leaves_the_budget_as_it_is(tiny, tmp_path):
+    strong = ["locality.pressure=selection", f"locality.strength={STRONGEST}", "locality.relayout_every=0"]
+    run = started(tiny, tmp_path, *strong)
+    sparsity.project_all_(run.tensors, run.config.sparsity, 0.2, lambda name: run.wiring.factor(name, 0.2))
+    for t in run.tensors:
+        assert t.dense().count_nonzero() == t.l0(run.config.sparsity, 0.2), t.name
+
+
+def test_a_layout_is_not_looked_for_while_the_model_is_dense(tiny, tmp_path, monkeypatch):
+    """Its wires, two numbers and a half for each weight, would be the peak of memory."""
+    run = started(tiny, tmp_path, "locality.pressure=loss", "locality.relayout_every=1")
+    monkeypatch.setattr(run.wiring, "edges", lambda: pytest.fail("listed"))
+    run.wiring.move_(1)

@@ -46,7 +46,8 @@ def modularity_measures(edges: Edges, layout: Layout, seeds: Sequence[int] = (0,
 
 def _louvain(edges: Edges, plan: Plan, seed: int) -> tuple[float, list[list[int]]]:
     a, b, weights, n = numbered(edges, plan)
-    pairs, of_each = np.unique(a * n + b, return_inverse=True)  # q and k may both join two nodes
+    ends = np.minimum(a, b) * n + np.maximum(a, b)
+    pairs, of_each = np.unique(ends, return_inverse=True)  # q and k may both join two nodes, or a layer's two matrices
     summed = np.bincount(of_each, weights).tolist()
     graph = networkx.Graph()
     graph.add_weighted_edges_from(zip((pairs // n).tolist(), (pairs % n).tolist(), summed, strict=True))

@@ -4,7 +4,6 @@ import shutil
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import mean
 
 from tokenizers import Tokenizer
 
@@ -13,8 +12,6 @@ from sparsetrain.config import RunConfig, config_to_yaml
 from sparsetrain.data import file_hash
 from sparsetrain.locality.edges import Edges
 from sparsetrain.locality.export import permuted
-from sparsetrain.locality.measures import mean_length, null_lengths
-from sparsetrain.locality.modularity import modularity_measures
 from sparsetrain.locality.positions import Layout, LocalityError, Plan, from_tensors, identity
 from sparsetrain.locality.relayout import relayout
 from sparsetrain.locality.wiring import Wiring
@@ -117,25 +114,3 @@ def _kept_layout(run: Path, plan: Plan) -> Layout | None:
         return from_tensors(plan, checkpoint.load_sparse(file))
     except LocalityError as error:
         raise LocalityError(f"{file}: {error}") from None
-
-
-def numbers(run: str | Path) -> dict[str, float]:
-    """A run's locality in numbers, for the `measures` of a sweep.
-
-    Returns:
-        `wire_length` in its layout (kept, or found afterwards), `wire_length_afterwards` in one found afterwards,
-        `wire_length_null` of its degrees (mean of three shuffles laid out anew), and Newman's `modularity` with
-        `modularity_null`.
-
-    Raises:
-        CheckpointError: the run holds no readable model, or its layout is damaged.
-    """
-    laid = open_run(run)
-    communities = modularity_measures(laid.edges, laid.layout)
-    return {
-        "wire_length": mean_length(laid.edges, laid.layout),
-        "wire_length_afterwards": mean_length(laid.edges, laid.afterwards),
-        "wire_length_null": mean(null_lengths(laid.edges, laid.layout, range(3))),
-        "modularity": communities["q"],
-        "modularity_null": mean(communities["null"]),
-    }

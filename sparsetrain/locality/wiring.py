@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsetrain.config import LocalityOptions
+from sparsetrain.config import ConfigError, LocalityOptions, SparsityOptions
 from sparsetrain.linear import Linear
 from sparsetrain.locality.edges import Edges, edges_of_tensors, row_parts
 from sparsetrain.locality.measures import mean_length
@@ -95,15 +95,40 @@ class Wiring:
 
     def move_(self, step: int) -> None:
         """After step number `step`: new places for all nodes, if it is time and the model is sparse enough."""
-        if self.options.relayout_every and step % self.options.relayout_every == 0:
-            edges = self.edges()
-            if sum(map(len, edges)) <= DENSEST * sum(t.size for t in self.matrices.values()):
-                starts = [relayout(edges, self.layout, self.seed + step)]
-                if math.isnan(self.mean_length):  # the first time the Fiedler order may be the better beginning
-                    starts.append(relayout(edges, self.layout, self.seed + step, fresh=True))
-                lengths = [mean_length(edges, layout) for layout in starts]
-                self.mean_length = min(lengths)
-                self.move_to(starts[lengths.index(self.mean_length)])
+        is_time = self.options.relayout_every and step % self.options.relayout_every == 0
+        if not is_time or self._n_nonzero() > DENSEST * self._size():
+            return
+        edges = self.edges()
+        starts = [relayout(edges, self.layout, self.seed + step)]
+        if math.isnan(self.mean_length):  # the first time the Fiedler order may be the better beginning
+            starts.append(relayout(edges, self.layout, self.seed + step, fresh=True))
+        lengths = [mean_length(edges, layout) for layout in starts]
+        self.mean_length = min(lengths)
+        self.move_to(starts[lengths.index(self.mean_length)])
+
+    def refuse_if_dense(self, options: SparsityOptions) -> None:
+        """Make sure that nodes which are to move will.
+
+        Args:
+            options: how sparse the model becomes.
+
+        Raises:
+            ConfigError: it ends with more nonzeros than what is laid out.
+        """
+        share = sum(t.l0(options, 1.0) for t in self.matrices.values()) / self._size()
+        if self.options.relayout_every and share > DENSEST:
+            raise ConfigError(
+                f"locality must have a model of which at most {DENSEST:.0%} of the weights are left for its nodes to "
+                f"move, got {share:.0%}; lower sparsity.density or sparsity.embedding_density, take "
+                "locality.tokens=false, or set locality.relayout_every=0"
+            )
+
+    def _size(self) -> int:
+        return sum(t.size for t in self.matrices.values())
+
+    def _n_nonzero(self) -> int:
+        held = (t.linear.held() if t.linear else t.parameter for t in self.matrices.values())
+        return sum(int(torch.count_nonzero(h if isinstance(h, Tensor) else h.values)) for h in held)
 
     def edges(self) -> Edges:
         """The model's wires as they are."""

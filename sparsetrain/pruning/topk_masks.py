@@ -12,6 +12,8 @@ from sparsetrain.pruning.mask_training import Objective, State, about_edges, ada
 from sparsetrain.pruning.objective import Metric
 from sparsetrain.tasks import TaskData
 
+COLDEST = 0.02  # of the temperature that masks begin with, what they end with
+
 
 def rank(
     graph: EdgeGraph,
@@ -40,7 +42,9 @@ def rank(
         StateError: `state` is damaged, or of a training with other settings.
 
     Source: matryoshka attribution (arXiv 2609.25518) and its released trainer.py.
-    Differs: sizes are drawn log-uniformly between all edges and a smallest size, which falls to one over the steps.
+    Differs: the temperature falls, to COLDEST of what it was, geometrically. At one temperature half-open edges, which
+    no cut circuit has, can do harm that they do not do when open, and the path that they are of is then lost.
+    Sizes are drawn log-uniformly between all edges and a smallest size, which falls to one over the steps.
     From the start on, small sizes break the model, and a broken one tells nothing of what its edges are for.
     Edges are ranked by the mean over the steps in the place of the last scores: sizes below the circuit's own go on
     to trade one edge that it needs for another, until one of them sinks among those that it does not need.
@@ -62,7 +66,8 @@ def _step(objective: Objective, state: State, k: int, generator: torch.Generator
     smallest = 1 - (k + 1) / options.steps  # as a power of the number of edges
     power = smallest + (1 - smallest) * torch.rand((), generator=generator).item()
     size = len(scores) ** power
-    loss = objective.loss(masks_of_size(scores, size, options.temperature), options.batch, generator)
+    temperature = options.temperature * COLDEST ** ((k + 1) / options.steps)
+    loss = objective.loss(masks_of_size(scores, size, temperature), options.batch, generator)
     (gradient,) = torch.autograd.grad(loss, scores)
     adam_(state["values"], gradient, state, k, options.lr)
     state["total"] += state["values"]

@@ -108,9 +108,10 @@ def _further(rows: Sequence[Row]) -> list[str]:
         "sweep", "point", "arm", "values", "seed", "n_params", "n_nonzero", "val_loss", "train_seconds", "tokens",
         "train_peak_bytes",
     }  # fmt: skip
-    trained = next((row for row in rows if row["val_loss"] is not None), {})
-    names = list(trained)[: list(trained).index("error")] if trained else []
-    return [name for name in names if name not in known and isinstance(trained[name], (int, float))]
+    found = [
+        name for row in rows for name in list(row)[: list(row).index("error")] if isinstance(row[name], (int, float))
+    ]
+    return [name for name in dict.fromkeys(found) if name not in known]
 
 
 def _markdown(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
