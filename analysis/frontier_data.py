@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsetrain.config import ConfigError
 from sparsetrain.sweeping.points import expand
 from sparsetrain.sweeping.rows import ROWS, read_rows
 from sparsetrain.sweeping.sweep_config import SWEEP, load_sweep
@@ -168,11 +169,16 @@ def read_study(folders: Sequence[str | Path]) -> Study:
     if not any(task in model.outcomes for model in models for task in tasks):
         raise FrontierError(f"a frontier must have tasks, got none with an outcome in {where}; name them in `tasks`")
     _refuse_what_differs(models)
+    if size := _one(models, "size"):
+        raise FrontierError(
+            f"circuits must be cut at a target loss to be compared in size, got circuits of {size} each; leave "
+            "prune.size out of the sweep"
+        )
     settings = _settings(models)
     common, share = _common(models, tasks)
     return Study(
         settings=settings, tasks=tasks, left_out=left_out, common=common, share=share,
-        missing=[*_missing(rows, models, tasks), *_not_begun(rows)], target_loss=_one(models, "target_loss"),
+        missing=[*_missing(rows, models, tasks), *_not_begun(rows, folders)], target_loss=_one(models, "target_loss"),
         graph=_one(models, "graph") or "channel",
     )  # fmt: skip
 
@@ -230,12 +236,21 @@ def _common(models: list[Model], tasks: list[str]) -> tuple[list[str], float]:
     return [], 1.0
 
 
-def _not_begun(rows: list[tuple[Path, Row]]) -> list[str]:
-    """Points of the sweeps' own configs that have no row."""
+def _not_begun(rows: list[tuple[Path, Row]], folders: Sequence[str | Path]) -> list[str]:
+    """Points of the sweeps' own configs that have no row, as far as these can be read from here."""
     begun = {(folder, row["point"]) for folder, row in rows}
-    files = [folder / SWEEP for folder in dict(begun) if (folder / SWEEP).exists()]
-    points = [(file.parent, point.id) for file in files for point in expand(load_sweep([str(file)]))]
-    return [f"{point}: not trained yet" for folder, point in points if (folder, point) not in begun]
+    told = []
+    for folder in dict.fromkeys(map(Path, folders)):
+        if not (file := folder / SWEEP).exists():
+            continue
+        try:
+            sweep = load_sweep([str(file), f"out={json.dumps(str(folder.parent))}", f"name={json.dumps(folder.name)}"])
+            points = expand(sweep)
+        except ConfigError as error:
+            told.append(f"{file}: which points it has cannot be told from here: {error}")
+            continue
+        told += [f"{point.id}: not trained yet" for point in points if (folder, point.id) not in begun]
+    return told
 
 
 def _missing(rows: list[tuple[Path, Row]], models: list[Model], tasks: list[str]) -> list[str]:

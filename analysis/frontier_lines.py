@@ -8,10 +8,12 @@ import numpy as np
 
 from sparsetrain.analysis.frontier_data import Row, Setting, Study
 from sparsetrain.analysis.frontier_means import draw, interval
+from sparsetrain.sweeping.points import SPARSE_SECTIONS
 
 SAME_SIZE, SAME_L0 = 1.1, 1.5  # settings whose counts are within this factor share a line
 SIZES = ("model.", "sparsity.density", "sparsity.embedding_density", "data.vocab_size")  # keys that change a count
 NOT_SIZES = ("model.abs_topk.",)
+DEPTH = "model.n_layers"
 Line = dict[str, Any]
 
 
@@ -62,7 +64,8 @@ def _lines(
     """Settings of one family that share some values, by `order`; lines by `rank` and their values, dense ones first."""
     groups: dict[tuple, list[int]] = {}
     for i, s in enumerate(settings):
-        own = () if s.dense else (rank(i), *map(_sortable, shared(i).values()))
+        own = _matched(s).values() if s.dense else (rank(i), *shared(i).values())
+        own = tuple(map(_sortable, own))
         groups.setdefault((not s.dense, s.family, *own), []).append(i)
     several = len({s.family for s in settings if not s.dense}) > 1
     lines = []
@@ -70,11 +73,20 @@ def _lines(
         members = groups[group]
         first = settings[members[0]]
         by = (lambda i: settings[i].n_params) if first.dense else order
-        told = "dense" if first.dense else _told(shared(members[0]))
+        told = _told({"": "dense", **_matched(first)}) if first.dense else _told(shared(members[0]))
         if several:
             told += f" ({', '.join(dict.fromkeys(filter(None, first.family[1:])))})"
         lines.append({"name": told, "dense": first.dense, "settings": sorted(members, key=by)})
     return lines
+
+
+def _matched(setting: Setting) -> dict[str, Any]:
+    """What a dense baseline has in common with the sparse models that it is one for, besides their arm: all but size.
+
+    Depth counts, since circuits of deeper models have other edges; what makes a model sparse does not.
+    """
+    values = setting.row["values"].items()
+    return {k: v for k, v in values if k == DEPTH or not (_is_size(k) or k.startswith(SPARSE_SECTIONS))}
 
 
 def _told(shared: dict[str, Any]) -> str:
@@ -111,7 +123,8 @@ def equal_capability(study: Study, lines: Sequence[Line]) -> list[dict[str, Any]
         lines: of equal size, see `all_lines`.
 
     Returns:
-        For each line against the dense line of its arm (or all dense ones, where its arm has none): rows with `line`,
+        For each line against the dense lines of its arm (or all dense ones, where its arm has none) that are like it
+        in all but size and sparsity, and in depth: rows with `line`,
         `dense`, `loss`, `edges`, `dense_edges`, the `factor` of the two, its 95 % `interval`, n_tasks of n_asked,
         n_circuits that are compared and n_without_edges of them. Where no loss is covered by both, `nearest` in place
         of these: the two settings whose losses are nearest, and their losses; None where a side has no circuit.
@@ -136,7 +149,9 @@ def _baselines(study: Study, line: Line, lines: Sequence[Line]) -> list[Line]:
         *there, name = study.settings[other["settings"][0]].family
         return there == sweep and name in names
 
-    return [other for other in dense if of_its_arm(other)] or dense
+    depths = [_matched(study.settings[i]) for i in line["settings"]]
+    alike = [other for other in dense if _matched(study.settings[other["settings"][0]]) in depths]
+    return [other for other in alike if of_its_arm(other)] or alike
 
 
 def _against(
@@ -184,10 +199,12 @@ def _at(
         return counts | {"edges": None, "dense_edges": None, "factor": None, "interval": None}
     once = {key: np.full((1, len(found)), 1 / len(found)) for key, found in logs.items()}
     many = {key: draw(rng, len(found)) for key, found in logs.items()}
+    anchor = next(s for s in (*ours, *theirs) if s.val_loss == loss)  # its seeds decide at which loss is compared
     sides = {}
     for weights in (once, many):
+        at = weights[id(anchor)] @ anchor.val_losses
         for side, pair in (("ours", ours), ("theirs", theirs)):
-            sides.setdefault(side, []).append(_interpolated(pair, loss, logs, shared, weights))  # (B, T)
+            sides.setdefault(side, []).append(_interpolated(pair, at, logs, shared, weights))  # (B, T)
     resampled = np.exp(((sides["theirs"][1] - sides["ours"][1]) * drawn[n_tasks]).sum(1))
     edges, dense_edges = (float(np.exp(sides[side][0].mean())) for side in ("ours", "theirs"))
     alone = n_tasks == 1 and all(len(found) == 1 for found in logs.values())
@@ -202,9 +219,9 @@ def _circuits(settings: Iterable[Setting], tasks: Iterable[str]) -> list[Row]:
 
 
 def _interpolated(
-    pair: tuple[Setting, Setting], loss: float, logs: dict, shared: np.ndarray, weights: dict
+    pair: tuple[Setting, Setting], loss: np.ndarray, logs: dict, shared: np.ndarray, weights: dict
 ) -> np.ndarray:
-    """(B, T): log edges at a loss between two settings, with seeds, and so their losses, weighted by (B, R)."""
+    """(B, T): log edges at losses (B,) between two settings, with seeds, and so their losses, weighted by (B, R)."""
     (first, a), (second, b) = [
         (w @ s.val_losses, w @ logs[id(s)][:, shared]) for s, w in ((s, weights[id(s)]) for s in pair)
     ]

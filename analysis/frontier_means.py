@@ -28,7 +28,8 @@ class Value:
         mean: geometric, of edges; None where it is not defined.
         interval: 95 %; None with a single seed and a single task.
         at_least: whether the truth can only be greater, since some task was not reached.
-        pareto: whether no other setting has both a lower loss and fewer edges, and none the same loss and fewer.
+        pareto: whether no other setting has both a lower loss and fewer edges, and none the same loss and fewer; never
+            where some task is not reached, or, with means over other tasks than the common ones, has no outcome yet.
     """
 
     mean: float | None = None
@@ -62,8 +63,9 @@ def summarise(study: Study) -> list[dict[str, Any]]:
     drawn = {n: draw(rng, n) for n in {len(study.tasks), len(study.common)} if n}
     found = [_summary(setting, study, drawn, rng) for setting in study.settings]
     for name in MEANS:
-        values = [(s["val_loss"], s["means"][name]) for s in found]
-        on = pareto([(loss, np.inf if v.mean is None or v.at_least else v.mean) for loss, v in values])
+        values = [(s, s["means"][name]) for s in found]
+        unsure = [v.mean is None or v.at_least or (name != "common" and s["n_open"]) for s, v in values]
+        on = pareto([(s["val_loss"], np.inf if no else v.mean) for (s, v), no in zip(values, unsure, strict=True)])
         for summary, is_on in zip(found, on, strict=True):
             value = summary["means"][name]
             summary["means"][name] = Value(value.mean, value.interval, value.at_least, is_on)
@@ -86,10 +88,11 @@ def default_mean(study: Study) -> str:
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Which points no other one beats: lower or equal in both, and lower in one. Infinite ones never count."""
-    best, on = np.inf, [False] * len(points)
+    best, last, on = np.inf, None, [False] * len(points)
     for i in sorted(range(len(points)), key=lambda i: points[i]):
-        on[i] = points[i][1] < best
-        best = min(best, points[i][1])
+        on[i] = points[i][1] < best or (points[i] == last and points[i][1] < np.inf)
+        if on[i]:
+            best, last = points[i][1], points[i]
     return on
 
 

@@ -39,6 +39,11 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
             f"No task is reached by all models, so the same tasks for all are the {len(study.common)} that "
             f"{study.share:.0%} of them reach; {n} of {len(found)} settings miss one and stand at the upper edge."
         )
+    elif 2 * len(study.common) < (n := len({task for model in study.models for task in model.reached})):
+        told.append(
+            f"The same tasks for all are {len(study.common)} of the {n} that some model reaches: every model that "
+            "reaches any must reach them, so the weakest decides. Leave it out, or look at the other means."
+        )
     if max(seeds) == 1:
         told.append("One seed of each setting: intervals are over tasks alone, and seeds may differ by more.")
     elif max(seeds) < 5:
@@ -155,9 +160,10 @@ def introduction(study: Study) -> str:
     """What the picture shows."""
     unit = "edges" if study.graph == "channel" else "edges between heads and MLPs"
     n = len(study.models)
+    same = f" ({len(study.common)} of them the same for all)" if len(study.common) < len(study.tasks) else ""
     return (
         f"Held-out loss against the geometric mean over tasks of the {unit} of circuits at {target(study)}: "
-        f"{n} model{'s' * (n > 1)}, {len(study.settings)} settings, {len(study.tasks)} tasks. Brackets are 95 % "
+        f"{n} model{'s' * (n > 1)}, {len(study.settings)} settings, {len(study.tasks)} tasks{same}. Brackets are 95 % "
         "bootstrap intervals over tasks and seeds."
     )
 

@@ -326,7 +326,7 @@ def _over_training(options: argparse.Namespace, config: PruneConfig) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from sparsetrain.sweeping.run import plan, sweep
+    from sparsetrain.sweeping.run import not_done, plan, sweep
     from sparsetrain.sweeping.table import table
 
     config = load_sweep(options.config)
@@ -336,7 +336,9 @@ def _sweep(options: argparse.Namespace) -> int:
     rows = sweep(config, options.retry)
     print(table(rows), end="")
     print(f"rows: {config.options.folder / 'rows.jsonl'}")
-    return 1 if any(row["error"] for row in rows) else 0
+    if left := not_done(config):
+        print(f"{len(left)} points are not done ({left[0].id}, ...): give the command again", file=sys.stderr)
+    return 1 if left or any(row["error"] for row in rows) else 0
 
 
 def _compare(options: argparse.Namespace) -> None:

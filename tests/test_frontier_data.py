@@ -8,6 +8,8 @@ import pytest
 from made_sweep import FAILED, IMPOSSIBLE, OPEN, model_rows, write_rows
 
 from sparsetrain.analysis.frontier_data import FrontierError, read_study
+from sparsetrain.analysis.frontier_means import summarise
+from sparsetrain.analysis.frontier_text import cautions, introduction
 from sparsetrain.sweeping.points import expand
 from sparsetrain.sweeping.sweep_config import SWEEP, load_sweep, sweep_to_yaml
 
@@ -42,6 +44,31 @@ def test_points_of_the_config_that_have_no_row_are_missing(tmp_path):
     rows.write_text(rows.read_text().replace('"point": "_seed-0"', f'"point": "{first.id}"'))
     (folder / SWEEP).write_text(sweep_to_yaml(config))
     assert read_study([folder]).missing == [f"{second.id}: not trained yet"]
+
+
+def test_a_config_that_cannot_be_read_from_here_does_not_stand_in_the_way(tmp_path):
+    folder = write_rows(tmp_path / "s", model_rows(3.0, {"a": 10}))
+    (folder / SWEEP).write_text("seeds: [0, 1]\ntasks: [mine.jsonl]\n")
+    [told] = read_study([folder]).missing
+    assert "which points it has cannot be told from here: tasks must be built-in names" in told
+
+
+def test_points_of_a_sweep_that_was_moved_or_has_no_row_yet_are_missing_too(tmp_path):
+    (tmp_path / "new").mkdir()
+    config = load_sweep(["out=elsewhere", "name=old", "seeds=[0,1]"])
+    (tmp_path / "new" / SWEEP).write_text(sweep_to_yaml(config))
+    study = read_study([write_rows(tmp_path / "new"), write_rows(tmp_path / "s", model_rows(3.0, {"a": 10}))])
+    assert study.missing == [f"{point.id}: not trained yet" for point in expand(config)]
+
+
+def test_a_weak_model_that_narrows_the_tasks_is_told(tmp_path):
+    able = [model_rows(3.0, {"a": 1, "b": 2, "c": 3}, width=i) for i in range(4)]
+    study = read_study([write_rows(tmp_path, *able, model_rows(4.0, {"a": 1, "b": None, "c": None}, width=9))])
+    told = " ".join(cautions(study, summarise(study), []))
+    assert "The same tasks for all are 1 of the 3 that some model reaches" in told
+    assert "3 tasks (1 of them the same for all)" in introduction(study)
+    study = read_study([write_rows(tmp_path / "able", *able)])
+    assert "The same tasks for all" not in " ".join(cautions(study, summarise(study), []))
 
 
 def test_the_same_tasks_for_all_are_those_that_every_able_model_reaches(tmp_path):
@@ -96,6 +123,8 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
     refused(
         "graph must be the same for all circuits, got channel, component", "graph", model_rows(3.0, {"a": 5}), other
     )
+    other[0] |= {"graph": "channel", "size": 500}
+    refused("must be cut at a target loss .* got circuits of 500 each", "size", model_rows(3.0, {"a": 5}), other)
     (tmp_path / "text" / "rows.jsonl").parent.mkdir()
     (tmp_path / "text" / "rows.jsonl").write_text("{half")
     with pytest.raises(FrontierError, match=r"must hold the rows\.jsonl"):

@@ -110,6 +110,32 @@ def test_a_dense_line_without_circuits_is_said_to_have_none(tmp_path):
     assert row["nearest"] is None
 
 
+def test_a_line_is_held_to_the_dense_models_of_its_depth(tmp_path):
+    cells = [(64, 0.5, 2, 10), (64, 0.5, 8, 10), (64, 1, 2, 30), (64, 1, 8, 900)]
+    models = [grid(w, d, edges={"a": n}, **{"model.n_layers": depth}) for w, d, depth, n in cells]
+    for depth, rows in zip((2, 8), models, strict=False):
+        for row in rows:
+            row["n_params"] = 6400 * depth
+            row["n_nonzero"] = 3200 * depth
+    study = read_study([write_rows(tmp_path, *models)])
+    found = {(r["line"], r["dense"]): r["factor"] for r in equal_capability(study, all_lines(study)["size"])}
+    assert found == {
+        ("12.8k weights", "dense n_layers=2"): pytest.approx(3),
+        ("51.2k weights", "dense n_layers=8"): pytest.approx(90),
+    }
+
+
+def test_the_interval_has_the_noise_of_the_loss_that_is_compared_at(tmp_path):
+    """Dense edges rise steeply with the loss, and the sparse setting's own loss is known to 0.1 only."""
+    sparse = [grid(64, 0.5, loss, {"a": 10, "b": 10}, seed=i) for i, loss in enumerate((2.9, 3.0, 3.1))]
+    dense = [grid(w, 1, loss, {"a": n, "b": n}) for w, loss, n in ((64, 2.5, 10), (32, 3.5, 1000))]
+    study = read_study([write_rows(tmp_path, *sparse, *dense)])
+    [row] = equal_capability(study, all_lines(study)["size"])
+    assert row["factor"] == pytest.approx(10, rel=1e-6)
+    low, high = row["interval"]
+    assert low < 8 and high > 12.5  # 100 to the power of a tenth is 1.6
+
+
 def test_an_arm_is_held_to_its_own_baseline(tmp_path):
     models = [model_rows(3.0, {"a": edges}, arm=arm, n_nonzero=4000 if "dense" in arm else 1000)
               for arm, edges in (("x", 10), ("y", 10), ("x-dense", 50), ("y-dense", 90), ("z", 10))]  # fmt: skip

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from made_sweep import OPEN, model_rows, ruled_sweep, write_rows
+from made_sweep import FAILED, OPEN, model_rows, ruled_sweep, write_rows
 
 from sparsetrain.analysis.frontier_data import read_study
-from sparsetrain.analysis.frontier_means import Floor, default_mean, draw, pareto, summarise
+from sparsetrain.analysis.frontier_means import MEANS, Floor, default_mean, draw, pareto, summarise
 
 
 @pytest.fixture
@@ -75,6 +75,17 @@ def test_what_is_only_a_bound_is_never_on_the_front(tmp_path):
     sure, unsure = (s["means"]["bound"] for s in summarise(read_study([folder])))
     assert (unsure.mean, unsure.at_least) == (pytest.approx(2), True)
     assert (sure.pareto, unsure.pareto) == (True, False)
+
+
+def test_a_setting_whose_hard_task_failed_is_not_on_the_front_of_means_it_would_raise(tmp_path):
+    models = model_rows(3.0, {"a": 5, "b": FAILED}, width=1), model_rows(3.5, {"a": 9, "b": 90}, width=2)
+    found = summarise(read_study([write_rows(tmp_path, *models)]))
+    fronts = [{name: value.pareto for name, value in f["means"].items()} for f in found]
+    assert fronts == [dict.fromkeys(MEANS, False), dict.fromkeys(MEANS, True)]
+
+
+def test_two_points_at_one_place_are_both_on_the_front():
+    assert pareto([(3, 10), (3, 10), (3, 11), (4, np.inf), (4, np.inf)]) == [True, True, False, False, False]
 
 
 def test_a_circuit_without_edges_counts_as_one_edge(tmp_path):

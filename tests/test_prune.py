@@ -12,9 +12,9 @@ from sparsetrain.analysis.formation_page import write_formation_page
 from sparsetrain.checkpoint import checkpoints
 from sparsetrain.config import ConfigError, load_config
 from sparsetrain.prune_config import PruneConfig
-from sparsetrain.pruning import graph
+from sparsetrain.pruning import graph, mask_training
 from sparsetrain.pruning.channel_edges import ChannelGraph
-from sparsetrain.pruning.circuit import Circuit, list_edges, load_circuit
+from sparsetrain.pruning.circuit import Circuit, describe, list_edges, load_circuit
 from sparsetrain.pruning.formation import over_training
 from sparsetrain.pruning.measures import score_tasks
 from sparsetrain.pruning.prune import Unreached, prune
@@ -180,6 +180,31 @@ def test_every_method_of_edges_runs_through_the_stage(method, kind, tiny_run, ta
         assert len(alternatives["circuits"]) == m["alternatives"]["n"]
     assert not list(folder.parent.glob(".*unfinished"))
     assert write_page(tiny_run, folder).exists()
+
+
+def test_a_killed_search_goes_on_and_one_with_other_settings_begins_anew(tiny_run, task, monkeypatch):
+    monkeypatch.setattr(mask_training, "SAVE_EVERY", 5)
+    settings = [*QUICK, *SMALL["edge_masks"], "graph=component", "size=8", "name=stopped", "nonsense=false",
+                "alternative_runs=0"]  # fmt: skip
+    save = mask_training._save
+
+    def save_and_die(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    def killed():
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(mask_training, "_save", save_and_die)
+            prune(tiny_run, task, load_config(PruneConfig, settings), "edge_masks")
+
+    killed()
+    anew = prune(tiny_run, task, load_config(PruneConfig, [*settings, "edge_masks.steps=20"]), "edge_masks")
+    assert anew.settings["cost"]["seconds"] > 0
+    killed()
+    goes_on = prune(tiny_run, task, load_config(PruneConfig, settings), "edge_masks")
+    assert goes_on.settings["cost"]["seconds"] is None, "what the killed process took is not known"
+    assert "went on" in describe(goes_on)
+    assert not list((tiny_run / "circuits" / "self_or_none").glob(".*unfinished"))
 
 
 def test_a_circuit_of_a_given_size(tiny_run, task):

@@ -1,5 +1,6 @@
 """A sweep of tiny models, run by real processes: what is recorded, left alone, or fails, and what a kill costs."""
 
+import fcntl
 import json
 import os
 import resource
@@ -14,9 +15,10 @@ from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning.prune import prune
 from sparsetrain.sweeping.complete import under_way
 from sparsetrain.sweeping.points import expand
-from sparsetrain.sweeping.records import jobs
+from sparsetrain.sweeping.records import Job, jobs
 from sparsetrain.sweeping.rows import read_rows
 from sparsetrain.sweeping.run import sweep
+from sparsetrain.sweeping.stages import COLUMNS, run_stage
 from sparsetrain.sweeping.sweep_config import load_sweep
 from sparsetrain.sweeping.worker import Worker
 
@@ -167,6 +169,37 @@ def test_what_only_the_worker_can_tell_is_told_before_anything_runs(place, base,
     with pytest.raises(ConfigError, match=words):
         sweep(load_sweep([*base, "name=wrong", "seeds=[0,1]", wrong]), worker=worker)
     assert not (place / "sweeps/wrong/points").exists()
+
+
+def test_a_sweep_that_is_refused_leaves_what_an_earlier_one_wrote(place, arguments, rows, worker):
+    folder = place / "sweeps/all"
+    kept = {name: (folder / name).read_bytes() for name in ("rows.jsonl", "table.md", "sweep.yaml")}
+    more = [*arguments, "seeds=[0,1,2]"]
+    with pytest.raises(ConfigError, match="that can be imported, got my_measures:width"):
+        sweep(load_sweep([*more, "measures=[my_measures:width]"]), worker=worker)
+    with open(folder / ".lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="must be run by one command at a time"):
+            sweep(load_sweep(more), worker=worker)
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [("None", "must give numbers .* by name, got None"), ("{'x': [1]}", "got {'x': "), ("{'val_loss': 9}", "val_loss")],
+)
+def test_a_measure_that_gives_no_numbers_or_takes_a_column_fails(tmp_path, monkeypatch, given, words):
+    (tmp_path / "measure_of_mine.py").write_text(f"def mine(run):\n    return {given}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "measure_of_mine", raising=False)
+    measure = "measure_of_mine:mine"
+    with pytest.raises(ConfigError, match=words):
+        run_stage(Job("measure", "measure", tmp_path, {}, {"measure": measure}))
+
+
+def test_the_columns_that_no_measure_may_take_are_those_of_rows(rows):
+    own = {"depth", "spared"}
+    assert {key for row in rows for key in row} - own <= COLUMNS
 
 
 def _command(base, *arguments, **options) -> subprocess.Popen:

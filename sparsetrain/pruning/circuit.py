@@ -253,10 +253,11 @@ def describe(circuit: Circuit) -> str:
     """A circuit's measures as a table."""
     m = circuit.measures
     cost = circuit.settings["cost"]
+    time = "a search that was stopped and went on" if cost["seconds"] is None else f"{cost['seconds']:.0f} s"
     memory = "memory not known" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 2**30:.1f} GiB at most"
     rows = [
         ("circuit", f"{m['n_nodes']} nodes, {m['n_edges']} edges"),
-        ("found in", f"{cost['seconds']:.0f} s, {memory}, model and Python with it"),
+        ("found in", f"{time}, {memory}, model and Python with it"),
         (
             "its held-out task loss",
             f"{m['task_loss']:.3f} +- {m['task_loss_se']:.3f}   (target {m['target_loss']}, chance 0.693)",

@@ -4,6 +4,7 @@ run -> Transformer, tokenizer -> task prompts -> masks -> node set -> Circuit ->
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import shutil
@@ -31,7 +32,7 @@ from sparsetrain.pruning.channel_edges import ChannelGraph
 from sparsetrain.pruning.circuit import Circuit, Edge, list_edges, save_circuit
 from sparsetrain.pruning.component_graph import ComponentGraph
 from sparsetrain.pruning.cut import ORDER_PROMPTS, Cut, Method, Problem, effects, find
-from sparsetrain.pruning.edges import EdgeSet, batches, edge_names, mean_metric, weights_hash
+from sparsetrain.pruning.edges import EdgeSet, batches, edge_names, fingerprint, mean_metric, weights_hash
 from sparsetrain.pruning.evaluate import calibrate, task_losses, task_score
 from sparsetrain.pruning.graph import wires
 from sparsetrain.pruning.measures import full_model_logits, measure, nonsense_control, size_curve
@@ -147,9 +148,13 @@ def prune(
     ablation = _ablation(space, run, run_config, config, train)
     folder = circuit_folder(run, chosen.name, config.name or method, at)
     unfinished = folder.with_name(f".{folder.name}-unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    problem = Problem(space, train, ablation, config, unfinished)
+    state = unfinished / _digest(method, config, fingerprint(model, train))  # a search with other settings begins anew
+    goes_on = state.exists() and any(state.iterdir())
+    state.mkdir(parents=True, exist_ok=True)
+    problem = Problem(space, train, ablation, config, state)
     (cut, ranking, used), cost = _at_cost(torch.device(device), lambda: find(problem, METHODS[method]))
+    if goes_on:
+        cost["seconds"] = None
     if not cut.reached:
         answer = _unreached(chosen.name, folder, problem, heldout, cut)
         shutil.rmtree(unfinished)
@@ -175,6 +180,10 @@ def prune(
     if at is None:
         _summarise(run, {"task": circuit.task, "method": method, **circuit.measures})
     return circuit
+
+
+def _digest(*what: object) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:12]
 
 
 def _at_cost(device: torch.device, search: Callable[[], T]) -> tuple[T, dict[str, float | None]]:

@@ -79,12 +79,14 @@ def forget_failures(config: Sweep, point: Point) -> None:
 
 
 def give_up(config: Sweep, point: Point, error: str) -> Failure:
-    """Record that the next job of a point failed without a process that could have recorded it.
+    """Record that the next job of a point, if one is left, failed without a process that could have recorded it.
 
     Raises:
         WriteError: the record could not be written.
     """
-    job = next(left_jobs(config, point))
+    job = next(left_jobs(config, point), None)
+    if job is None:
+        return Failure("its process, after all was done", error)
     job.write(error=error)
     return Failure(job.name, error)
 

@@ -1,14 +1,16 @@
 """Runs a sweep: what is done is left alone, what fails is recorded and does not stop the rest."""
 
+import fcntl
 import logging
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.files import WriteError, write_whole
+from sparsetrain.config import ConfigError
+from sparsetrain.files import make_folder, write_whole
 from sparsetrain.sweeping.checks import check, check_before
-from sparsetrain.sweeping.complete import Over, forget_failures, is_left
+from sparsetrain.sweeping.complete import Over, forget_failures, is_left, under_way
 from sparsetrain.sweeping.engines import Engine, engine_of
 from sparsetrain.sweeping.plan import estimates, plan_text
 from sparsetrain.sweeping.points import Point, expand
@@ -18,7 +20,7 @@ from sparsetrain.sweeping.rows import point_rows, write_rows
 from sparsetrain.sweeping.search import Search
 from sparsetrain.sweeping.sweep_config import SWEEP, Sweep, sweep_to_yaml
 from sparsetrain.sweeping.table import table
-from sparsetrain.sweeping.worker import Worker
+from sparsetrain.sweeping.worker import LOCK, Worker
 
 log = logging.getLogger(__name__)
 
@@ -51,49 +53,67 @@ def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> l
         the config in `sweep.yaml`.
 
     Raises:
-        ConfigError: the points cannot be made, a directory of one holds another run, or the engine cannot be used;
-            before anything is run.
+        ConfigError: the points cannot be made, a directory of one holds another run, the engine cannot be used, or
+            another command runs the sweep; before anything is run or written over.
         WriteError: rows or table could not be written.
     """
     points = expand(config)
     check(config, points)
-    folder = config.options.folder
-    _make(folder)
-    write_whole(folder / SWEEP, sweep_to_yaml(config).encode())
-    rows, left = {}, []
-    for point in points:
-        done = recorded(config, point)
-        rows[point.id] = point_rows(config, point, done)
-        if is_left(done, retry):
-            left.append(point)
-    search = Search(config) if config.options.adaptive else None
-    try:
+    make_folder(config.options.folder)
+    with _alone(config.options.folder):
+        rows, left = {}, []
+        for point in points:
+            done = recorded(config, point)
+            rows[point.id] = point_rows(config, point, done)
+            if is_left(done, retry):
+                left.append(point)
+        search = Search(config) if config.options.adaptive else None
         if left or (search and search.n_left):
             with nullcontext(worker) if worker else Worker() as jobs, engine_of(config, jobs) as engine:
-                _run(config, points, left, rows, jobs, engine, search, retry)
-    finally:
-        write_rows(folder, rows)
-    flat = [row for of_point in rows.values() for row in of_point]
-    write_whole(folder / "table.md", table(flat).encode())
-    return flat
+                check_before(config, left or points, jobs)
+                try:
+                    _run(config, points, left, rows, jobs, engine, search, retry)
+                finally:
+                    _write(config, rows)
+        else:
+            _write(config, rows)
+    return [row for of_point in rows.values() for row in of_point]
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"could not make {folder}: {error}") from None
+def not_done(config: Sweep) -> list[Point]:
+    """The points of a sweep of which something is left, though nothing is recorded as failed."""
+    return [point for point in expand(config) if is_left(recorded(config, point))]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a sweep's folder against a second command, whose rows would not be these."""
+    with open(folder / LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder} must be run by one command at a time, got a second; wait for the first, or end it"
+            ) from None
+        yield
+
+
+def _write(config: Sweep, rows: Rows) -> None:
+    folder = config.options.folder
+    write_whole(folder / SWEEP, sweep_to_yaml(config).encode())
+    write_rows(folder, rows)
+    write_whole(folder / "table.md", table([row for of_point in rows.values() for row in of_point]).encode())
 
 
 def _run(
     config: Sweep, points: list[Point], left: list[Point], rows: Rows, worker: Worker, engine: Engine,
     search: Search | None, retry: bool,
 ) -> None:  # fmt: skip
-    check_before(config, left or points, worker)
     expected = estimates(config, points, worker if engine.here else None)
     log.info("%s", plan_text(config, points, left, expected, engine))
     for point in left if retry else ():
-        forget_failures(config, point)
+        if not under_way(point):  # a job of Slurm's, say, that writes its own records
+            forget_failures(config, point)
     before = {point.id: seconds(recorded(config, point)) for point in left}
     n_more = search.n_left * len(config.options.seeds) if search else 0
     planned = {point.id: expected[point.id].seconds for point in left}

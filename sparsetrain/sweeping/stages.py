@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -27,8 +28,13 @@ EVALUATION = 1 / 3  # a batch that is evaluated, in steps of training
 COPIED = (
     "n_nodes", "n_edges", "task_loss", "task_accuracy", "full_model_loss", "full_model_loss_calibrated",
     "completeness_loss", "random_ablation_loss", "random_ablation_loss_std", "random_circuit_loss", "kl",
-    "faithfulness", "n_dangling", "graph", "target_loss",
+    "faithfulness", "n_dangling", "graph", "target_loss", "size",
 )  # fmt: skip
+COLUMNS = {
+    "sweep", "point", "arm", "values", "seed", "n_params", "n_nonzero", "val_loss", "tokens", "train_seconds",
+    "train_peak_bytes", "task", "method", "reached", "why", "nonsense", "discovery_seconds", "discovery_peak_bytes",
+    "error", *COPIED,
+}  # fmt: skip
 
 
 def run_stage(job: Job) -> dict[str, Any]:
@@ -83,13 +89,20 @@ def _prune(job: Job) -> dict[str, Any]:
         "reached": True,
         **{key: measures[key] for key in COPIED},
         "nonsense": measures.get("nonsense"),
-        "discovery_seconds": round(cost["seconds"], 2),
+        "discovery_seconds": cost["seconds"] and round(cost["seconds"], 2),
         "discovery_peak_bytes": cost["peak_bytes"],
     }
 
 
 def _measure(job: Job) -> dict[str, Any]:
-    return _function(job.order["measure"])(job.folder)
+    name = job.order["measure"]
+    found = _function(name)(job.folder)
+    plain = isinstance(found, dict) and all(isinstance(x, (int, float, str, NoneType)) for x in found.values())
+    if not plain:
+        raise ConfigError(f"{name} must give numbers (or text, or None) by name, got {found!r:.100}")
+    if taken := COLUMNS & found.keys():
+        raise ConfigError(f"{name} must give numbers names of their own, got {', '.join(sorted(taken))}, as rows have")
+    return found
 
 
 def _function(measure: str) -> Callable[[Path], dict[str, Any]]:
