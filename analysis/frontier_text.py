@@ -1,6 +1,7 @@
 """A frontier in words: its tables, and what must be said beside them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from sparsetrain.analysis.frontier_data import Setting, Study
@@ -85,7 +86,7 @@ def _of_circuits(study: Study) -> list[str]:
 def setting_table(study: Study, found: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each setting."""
     head = ["setting", "seeds", "weights", "nonzero", "held-out loss", "reached", *(f"edges: {m}" for m in MEANS),
-            "nonsense circuits", "on the front"]  # fmt: skip
+            "nonsense circuits", "training, s", "a search, s", "on the front"]  # fmt: skip
     first = default_mean(study)
     rows = []
     for setting, f in zip(study.settings, found, strict=True):
@@ -96,9 +97,17 @@ def setting_table(study: Study, found: Sequence[Mapping[str, Any]]) -> Table:
             f"{f['n_reached']} of {f['n_asked']}" + (f", {f['n_open']} open" if f["n_open"] else ""),
             *("at least " * v.at_least + _with_interval(v.mean, v.interval, ",.0f") for v in values.values()),
             _nonsense(f["floors"]["own"]),
+            _mean_seconds(model.row["train_seconds"] for model in setting.models),
+            _mean_seconds(r.get("discovery_seconds") for model in setting.models for r in model.outcomes.values()),
             "yes" if values[first].pareto else "",
         ])  # fmt: skip
     return head, rows
+
+
+def _mean_seconds(values: Iterable[float | None]) -> str:
+    """Of those that are known."""
+    there = [value for value in values if value is not None]
+    return f"{fmean(there):,.0f}" if there else ""
 
 
 def _nonsense(floor: Floor) -> str:

@@ -53,7 +53,7 @@ def test_the_command_says_and_writes_it(tmp_path, capsys):
     assert main(["frontier", str(folder), "--out", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
     assert "| width=1 | 1 | 4,000 | 1,000 | 3.000 | 2 of 2 | 6 [4, 9] |" in told
-    assert "There is no dense baseline" in told and "One seed of each setting" in told
+    assert "There is no dense baseline" in told and "One seed of each setting" in told and "training, s" in told
     assert "_seed-0: prune: died" in told
     assert told.endswith(f"page: {tmp_path / 'out' / 'frontier.html'}\n")
     assert {file.name for file in (tmp_path / "out").iterdir()} == FILES
