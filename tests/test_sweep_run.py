@@ -17,7 +17,7 @@ from sparsetrain.sweeping.complete import under_way
 from sparsetrain.sweeping.points import expand
 from sparsetrain.sweeping.records import Job, jobs
 from sparsetrain.sweeping.rows import read_rows
-from sparsetrain.sweeping.run import sweep
+from sparsetrain.sweeping.run import plan, sweep
 from sparsetrain.sweeping.stages import COLUMNS, run_stage
 from sparsetrain.sweeping.sweep_config import load_sweep
 from sparsetrain.sweeping.worker import Worker
@@ -169,6 +169,11 @@ def test_what_only_the_worker_can_tell_is_told_before_anything_runs(place, base,
     with pytest.raises(ConfigError, match=words):
         sweep(load_sweep([*base, "name=wrong", "seeds=[0,1]", wrong]), worker=worker)
     assert not (place / "sweeps/wrong/points").exists()
+
+
+def test_the_plan_tells_it_too(place, base):
+    with pytest.raises(ConfigError, match="method must be one of node_masks"):
+        plan(load_sweep([*base, "name=wrong", "seeds=[0,1]", "method=acdcc"]))
 
 
 def test_a_sweep_that_is_refused_leaves_what_an_earlier_one_wrote(place, arguments, rows, worker):

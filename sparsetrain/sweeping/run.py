@@ -36,6 +36,7 @@ def plan(config: Sweep) -> str:
     points = expand(config)
     check(config, points)
     with Worker() as worker, engine_of(config, worker) as engine:
+        check_before(config, points, worker)
         left = [point for point in points if is_left(recorded(config, point))]
         return plan_text(config, points, left, estimates(config, points, worker if engine.here else None), engine)
 
