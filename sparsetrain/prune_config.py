@@ -48,7 +48,8 @@ class TopkMaskOptions:
     steps: int = option(1000, "optimiser steps (published: 5000)", "steps", low=1)
     batch: int = option(32, "prompts in a step (published: 1)", "prompts", low=1)
     lr: float = option(0.05, "Adam's learning rate of the scores", low=0)
-    temperature: float = option(0.5, "width of the sigmoid that makes masks of scores, at the first step", low=1e-6)
+    temperature: float = option(0.5, "width of the sigmoid that makes masks of scores", low=1e-6)
+    starts: int = option(2, "trainings from different draws, of which the best is kept (published: 1)", low=1)
 
 
 @dataclass(frozen=True)

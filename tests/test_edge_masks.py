@@ -12,7 +12,7 @@ from sparsetrain.pruning import edge_masks, edges, mask_training, topk_masks
 from sparsetrain.pruning.objective import squared_error
 from sparsetrain.pruning.space import EdgeSpace
 
-QUICK = {"edge": EdgeMaskOptions(steps=30), "topk": TopkMaskOptions(steps=30)}
+QUICK = {"edge": EdgeMaskOptions(steps=30), "topk": TopkMaskOptions(steps=15)}
 METHODS = {"edge": edge_masks.rank, "topk": topk_masks.rank}
 
 
@@ -69,7 +69,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(method, tmp_path, monkeypatc
     killed.__name__ = squared_error.__name__
     with pytest.raises(KeyboardInterrupt):
         rank(method, circuit, killed, state=path)
-    assert path.exists()
+    assert list(tmp_path.glob("state*.safetensors"))
     resumed = rank(method, circuit, state=path)
     assert torch.equal(edges.flat(circuit.graph, resumed), edges.flat(circuit.graph, whole))
     assert len(calls) == 20
@@ -126,3 +126,13 @@ def test_masks_of_a_size_sum_to_it_and_have_the_published_gradient(size):
     slope = (masks * (1 - masks)).detach()
     expected = slope / 0.5 * (downstream - (downstream @ slope) / slope.sum())
     torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_of_several_starts_the_one_is_kept_whose_cuts_lose_least(monkeypatch):
+    circuit = known("hist")
+    truth = edges.flat(circuit.graph, circuit.edges).float()
+    starts = [-truth, truth, 1 - 2 * truth]
+    monkeypatch.setattr(topk_masks, "train", lambda *_: {"total": starts.pop(0)})
+    options = TopkMaskOptions(steps=1, starts=3)
+    scores = topk_masks.rank(circuit.graph, circuit.data, circuit.ablation, squared_error, options)
+    assert torch.equal(edges.flat(circuit.graph, scores), truth) and not starts

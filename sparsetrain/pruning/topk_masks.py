@@ -12,7 +12,8 @@ from sparsetrain.pruning.mask_training import Objective, State, about_edges, ada
 from sparsetrain.pruning.objective import Metric
 from sparsetrain.tasks import TaskData
 
-COLDEST = 0.02  # of the temperature that masks begin with, what they end with
+N_CUTS = 21  # at which rankings are compared, from all edges to one
+APART = 1_000_003  # between the seeds of two starts
 
 
 def rank(
@@ -42,8 +43,8 @@ def rank(
         StateError: `state` is damaged, or of a training with other settings.
 
     Source: matryoshka attribution (arXiv 2609.25518) and its released trainer.py.
-    Differs: the temperature falls, to COLDEST of what it was, geometrically. At one temperature half-open edges, which
-    no cut circuit has, can do harm that they do not do when open, and the path that they are of is then lost.
+    Differs: of several starts the one is kept whose circuits, cut at sizes from all edges to one, lose least; some
+    starts close edges of one path together early on, and opening one of them alone then gains nothing.
     Sizes are drawn log-uniformly between all edges and a smallest size, which falls to one over the steps.
     From the start on, small sizes break the model, and a broken one tells nothing of what its edges are for.
     Edges are ranked by the mean over the steps in the place of the last scores: sizes below the circuit's own go on
@@ -52,13 +53,30 @@ def rank(
     objective = build_objective(graph, data, ablation, metric)
     if objective is None:
         return like(graph, 0.0)
-    scores = torch.zeros(n_edges(graph.edges), device=graph.model.unembed.weight.device)
-    start = {**new_state(scores), "total": torch.zeros_like(scores)}
-    end = train(
-        start, lambda s, k, generator: _step(objective, s, k, generator, options), options.steps,
-        torch.Generator().manual_seed(seed), state, about_edges(graph, data, ablation, metric, options, seed),
-    )  # fmt: skip
-    return unflat(graph, end["total"] / options.steps)
+    zeros = torch.zeros(n_edges(graph.edges), device=graph.model.unembed.weight.device)
+    rankings = []
+    for i in range(options.starts):
+        own = seed + i * APART
+        end = train(
+            {**new_state(zeros), "total": torch.zeros_like(zeros)},
+            lambda s, k, generator: _step(objective, s, k, generator, options), options.steps,
+            torch.Generator().manual_seed(own), state and state.with_stem(f"{state.stem}-{i}"),
+            about_edges(graph, data, ablation, metric, options, own),
+        )  # fmt: skip
+        rankings.append(end["total"] / options.steps)
+    return unflat(graph, min(rankings, key=lambda scores: _loss_of_cuts(objective, scores, options.batch, seed)))
+
+
+@torch.no_grad()
+def _loss_of_cuts(objective: Objective, scores: Tensor, batch: int, seed: int) -> float:
+    """The mean loss of a ranking's beginnings of all sizes, evenly spaced by their logarithm; on the same prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    total = 0.0
+    for i in range(N_CUTS):
+        best = scores.topk(round(len(scores) ** (i / (N_CUTS - 1)))).indices
+        masks = torch.zeros_like(scores).index_fill(0, best, 1.0)
+        total += objective.loss(masks, batch, generator).item()
+    return total / N_CUTS
 
 
 def _step(objective: Objective, state: State, k: int, generator: torch.Generator, options: TopkMaskOptions) -> None:
@@ -66,8 +84,7 @@ def _step(objective: Objective, state: State, k: int, generator: torch.Generator
     smallest = 1 - (k + 1) / options.steps  # as a power of the number of edges
     power = smallest + (1 - smallest) * torch.rand((), generator=generator).item()
     size = len(scores) ** power
-    temperature = options.temperature * COLDEST ** ((k + 1) / options.steps)
-    loss = objective.loss(masks_of_size(scores, size, temperature), options.batch, generator)
+    loss = objective.loss(masks_of_size(scores, size, options.temperature), options.batch, generator)
     (gradient,) = torch.autograd.grad(loss, scores)
     adam_(state["values"], gradient, state, k, options.lr)
     state["total"] += state["values"]
