@@ -44,6 +44,7 @@ def test_points_that_are_done_stand_for_their_other_seeds_and_other_machines_are
     assert [found[point.id].source for point in points] == [KNOWN, "not known"] * 2
     timed = estimates(config, points, Timing())
     assert [timed[point.id].source for point in points] == [KNOWN, TIMED] * 2
+    assert [timed[point.id].seconds for point in points] == [0.0, 100.0, 7.0, 100.0]  # the first has nothing left
 
 
 @dataclass

@@ -27,6 +27,8 @@ class Estimate:
         source: what the two rest on.
         task_seconds: pruning one task; None before any was pruned.
         n_tasks: tasks that are pruned, as far as is known.
+        trained: whether it is trained already.
+        n_pruned: tasks that are pruned already.
     """
 
     train_seconds: float | None
@@ -34,11 +36,22 @@ class Estimate:
     source: str
     task_seconds: float | None
     n_tasks: float
+    trained: bool = False
+    n_pruned: int = 0
+
+    @property
+    def train_left(self) -> float | None:
+        """Seconds of training to come; None where nothing is known."""
+        return 0.0 if self.trained else self.train_seconds
+
+    @property
+    def tasks_left(self) -> float:
+        return max(0.0, self.n_tasks - self.n_pruned)
 
     @property
     def seconds(self) -> float:
-        """All that is known of the point's time."""
-        return (self.train_seconds or 0) + (self.task_seconds or 0) * self.n_tasks
+        """All that is known of the time that the point still takes."""
+        return (self.train_left or 0) + (self.task_seconds or 0) * self.tasks_left
 
 
 def estimates(config: Sweep, points: list[Point], worker: Worker | None) -> dict[str, Estimate]:
@@ -62,7 +75,14 @@ def estimates(config: Sweep, points: list[Point], worker: Worker | None) -> dict
     numbers = [sum(job.stage == "prune" for job, _ in of) for of in found.values() if "result" in of[-1][1]]
     n_tasks = fmean(numbers) if ALL in config.options.tasks and numbers else len({*config.options.tasks} - {ALL})
     training = {g: known[g] or timed.get(g) or _scaled(cells[g], timed, cells) for g in cells}
-    return {p.id: Estimate(*training[p.group], fmean(pruned) if pruned else None, n_tasks) for p in points}
+    task_seconds = fmean(pruned) if pruned else None
+    return {
+        p.id: Estimate(
+            *training[p.group], task_seconds, n_tasks,
+            trained="result" in found[p.id][0][1],
+            n_pruned=sum(job.stage == "prune" and bool(record) for job, record in found[p.id]),
+        ) for p in points
+    }  # fmt: skip
 
 
 def plan_text(
@@ -84,7 +104,7 @@ def plan_text(
         )
     if n_more := _n_draws_to_come(config, points) * len(config.options.seeds):
         lines.append(f"  up to {n_more} points more, whose draws follow from what these give")
-    known = [expected[point.id].train_seconds for point in left]
+    known = [expected[point.id].train_left for point in left]
     seconds = None if None in known else sum(known) * (1 + n_more / max(1, len(known)))
     lines.append(f"training: about {duration(seconds)}; {_pruning(config, left, expected)}")
     return "\n".join([*lines, _wall_time(config, left, n_more, expected, engine)])
@@ -102,7 +122,7 @@ def _wall_time(config: Sweep, left: list[Point], n_more: int, expected: dict[str
     each = f", each with {', '.join(filter(None, asked))}" if options.kind != "serial" else ""
     rooms = "as many points at once as there is room for" if engine.at_once is None else f"{engine.at_once} at once"
     known = [expected[point.id] for point in left]
-    if not known or engine.at_once is None or any(one.train_seconds is None for one in known):
+    if not known or engine.at_once is None or any(one.train_left is None for one in known):
         return f"engine: {engine.words}; {rooms}{each}; how long it takes is not known yet"
     longest, mean = max(one.seconds for one in known), fmean(one.seconds for one in known)
     seconds = max(longest, mean * (len(known) + n_more) / engine.at_once)
@@ -117,7 +137,8 @@ def _pruning(config: Sweep, left: list[Point], expected: dict[str, Estimate]) ->
     if some.task_seconds is None:
         return "how long pruning takes is not known before a task was pruned"
     tasks = f"{some.n_tasks:.3g} tasks a point, {duration(some.task_seconds)} each as those before"
-    return f"pruning: about {duration(some.task_seconds * some.n_tasks * len(left))} ({tasks})"
+    n_left = sum(expected[point.id].tasks_left for point in left)
+    return f"pruning: about {duration(some.task_seconds * n_left)} ({tasks})"
 
 
 def _known(seeds: list[list[tuple[Job, dict]]]) -> tuple[float, int | None, str] | None:
