@@ -45,7 +45,7 @@ def test_the_commands_run(place):
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    named = re.findall(r"make (\w+)", README)
+    named = re.findall(r"(?:^|`)make ([\w-]+)", README, re.M)
     assert {"demo", "test"} <= set(named)
     assert all(re.search(rf"^{name}:", makefile, re.M) for name in named)
 
