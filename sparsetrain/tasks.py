@@ -37,6 +37,7 @@ PAD = 0
 FEWEST_PAIRS = 2  # of a file; fewer make no task
 # Candidates in a row without a new pair. In a small vocabulary one in fifty has names that are single tokens.
 LONGEST_FAILURE = 2000
+HOPELESS = 500  # the same before the first pair
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def _choose(
                 n_failed = 0
             except Refused as reason:
                 refused.append(reason)
-        if len(chosen) == n_pairs or n_failed == LONGEST_FAILURE:
+        if len(chosen) == n_pairs or n_failed == (LONGEST_FAILURE if chosen else HOPELESS):
             break
     return chosen, refused
 

@@ -36,9 +36,9 @@ ARCHITECTURES = (80, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 N_TOKENS = 65536
 LINES = 2100  # of sparse products: several slices of every height (Triton makes an integer 1 a constant)
-# Both save half of the time: launches whose opcodes are counted, for the last architecture; those for it alone.
+# Both save much of the time: launches whose opcodes are counted, for the last architecture; those for every one.
 COUNTED = re.compile("abs_topk (2048|8192|float16|unaligned)|rows|slabs")
-LAST_ALONE = re.compile("abs_topk (16384|32768)|design")
+EVERYWHERE = re.compile("abs_topk 2048|abs_topk_backward|project float32|rows bfloat16|slabs 2048")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
@@ -177,7 +177,7 @@ def describe_all(word: str = "") -> Iterator[dict]:
     chosen = [
         (name, architecture)
         for name in LAUNCHES if word in name
-        for architecture in ARCHITECTURES[1 if LAST_ALONE.match(name) else 0 :]
+        for architecture in ARCHITECTURES[0 if EVERYWHERE.match(name) else -1 :]
     ]  # fmt: skip
     with ProcessPoolExecutor(2) as pool:
         for found in pool.map(describe_launch, *zip(*chosen, strict=True), chunksize=4):

@@ -93,12 +93,18 @@ def tiny_config(tiny) -> "RunConfig":
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny) -> Path:
-    """A finished run, shared by tests that only read it."""
+def trained(tiny) -> Path:
+    """A finished run; `tiny_run` is the copy to use."""
     from sparsetrain.config import RunConfig, load_config
     from sparsetrain.train import train
 
     return train(load_config(RunConfig, [*tiny, "run.name=shared"]))
+
+
+@pytest.fixture(scope="module")
+def tiny_run(trained, tmp_path_factory) -> Path:
+    """A finished run, which the tests of a module share: what they leave in it (circuits, pages) ends with them."""
+    return Path(shutil.copytree(trained, tmp_path_factory.mktemp("runs") / trained.name))
 
 
 @pytest.fixture(scope="module")

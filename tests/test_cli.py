@@ -1,5 +1,7 @@
 """The command line as its user meets it."""
 
+import re
+
 import pytest
 
 from sparsetrain import cli
@@ -7,6 +9,7 @@ from sparsetrain.cli import main
 from sparsetrain.config import RunConfig, known_keys
 from sparsetrain.prune_config import ProbingOptions, PruneConfig
 from sparsetrain.pruning import prune
+from sparsetrain.tasks import TASKS
 
 
 def test_print_config_resolves_files_and_overrides(tmp_path, capsys):
@@ -78,7 +81,7 @@ def test_errors_are_one_message_and_a_status(arguments, words, capsys):
 def test_tasks_prints_every_task_with_examples(tiny_run, capsys):
     assert main(["tasks", str(tiny_run), "--pairs", "4", "--examples"]) == 0
     out = capsys.readouterr().out
-    assert "for_while" in out
+    assert re.findall(r"^(\w+) {2}", out, re.M) == ["task", *TASKS]
     assert "->" in out
     assert "chance: loss 0.693" in out
 

@@ -18,7 +18,7 @@ from sparsetrain.pruning.circuit import Circuit, describe, list_edges, load_circ
 from sparsetrain.pruning.formation import over_training
 from sparsetrain.pruning.measures import score_tasks
 from sparsetrain.pruning.prune import Unreached, prune
-from sparsetrain.tasks import TASKS, TaskError
+from sparsetrain.tasks import TaskError
 
 QUICK = ["node_masks.steps=40", "node_masks.batch_pairs=8", "train_pairs=16", "heldout_pairs=16",
          "reference_tokens=512", "random_sets=3"]  # fmt: skip
@@ -108,12 +108,11 @@ def test_an_unreachable_target_leaves_an_earlier_circuit_alone(found, tiny_run, 
     assert load_circuit(tiny_run / "circuits" / "self_or_none" / "node_masks").node_names() == found.node_names()
 
 
-def test_scores_cover_every_task_or_say_why_not(tiny_run):
-    scores = list(score_tasks(tiny_run, n_pairs=4))
-    assert [s.name for s in scores] == list(TASKS)
-    for s in scores:
-        assert 0 < len(s.reason) < 150 if s.loss is None else (s.loss > 0 and 0 <= s.accuracy <= 1)
-    assert any(s.loss is not None and s.examples for s in scores)
+def test_scores_of_tasks_or_why_there_are_none(tiny_run):
+    done, impossible = score_tasks(tiny_run, n_pairs=4, names=["for_while", "class_init"])
+    assert (done.name, impossible.name) == ("for_while", "class_init")
+    assert done.loss > 0 and 0 <= done.accuracy <= 1 and done.examples
+    assert impossible.loss is None and 0 < len(impossible.reason) < 150
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -271,7 +271,7 @@ def test_names_are_asked_for_whole(small_tokenizer):
 
 
 def test_an_answer_of_several_tokens_stands_for_its_first(tokenizer, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "sparsetrain.tasks")
     data = encode_task(TASKS["bracket_counting"], tokenizer, 4, "train", 0, 256)
     assert [tokenizer.decode([int(token)]) for token in data.correct[:2]] == ["]", "]\n"]
     assert re.search(r"bracket_counting: ']]\\n' is several tokens here; asking for the first, ']'", caplog.text)
