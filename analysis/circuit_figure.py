@@ -35,7 +35,6 @@ from bokeh.palettes import Purples256
 from bokeh.plotting import figure
 
 from sparsetrain.analysis.circuit_layout import Layout, channel_of, is_residual, site_of
-from sparsetrain.analysis.page_parts import renumbered
 
 POSITIVE, NEGATIVE, QUIET = "#2f6fb5", "#c8472f", "#9aa0a8"
 SHADES = list(reversed(Purples256[:226]))  # without the palest, which would vanish on white
@@ -67,7 +66,7 @@ def circuit_figure(data: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         HoverTool(renderers=[nodes], tooltips="<b>@name</b><br>@words<br>effect @effect{0.0000}"),
         HoverTool(renderers=[marks], tooltips="<b>@name</b><br>@words"),
     )
-    return renumbered(json_item(plot, "figure"))
+    return json_item(plot, "figure")
 
 
 def track(name: str) -> str:

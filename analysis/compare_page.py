@@ -11,8 +11,7 @@ from bokeh.models import ColumnDataSource, HoverTool
 from bokeh.plotting import figure
 
 from sparsetrain.analysis import compare_text as texts
-from sparsetrain.analysis.component_page import EMBED
-from sparsetrain.analysis.page_parts import asset, library, renumbered, script_json
+from sparsetrain.analysis.page_parts import whole_page
 from sparsetrain.files import write_whole
 
 BETTER, WORSE = "#2f6fb5", "#c8472f"  # of B
@@ -30,16 +29,9 @@ def write_compare_page(page: Path, found: Mapping[str, Any]) -> None:
         WriteError: it could not be written.
     """
     title = " and ".join(found["names"])
-    drawn = renumbered(json_item(_histogram(found), "picture")) if "histogram" in found["losses"] else None
-    whole = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        f'<link rel="icon" href="data:,">\n<style>\n{asset("circuit_page.css")}\n</style>\n'
-        f"{library('bokeh') if drawn else ''}\n</head>\n<body>\n{_header(found)}\n"
-        f'<section id="picture"></section>\n{_tables(found)}\n'
-        f'<script type="application/json" id="figure-data">{script_json(drawn)}</script>\n<script>{EMBED}</script>\n'
-        "</body>\n</html>\n"
-    )
-    write_whole(page, whole.encode())
+    drawn = json_item(_histogram(found), "picture") if "histogram" in found["losses"] else None
+    body = f'{_header(found)}\n<section id="picture"></section>\n{_tables(found)}'
+    write_whole(page, whole_page(title, body, drawn))
 
 
 def _header(found: Mapping[str, Any]) -> str:

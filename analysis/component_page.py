@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsetrain.analysis import snippets
 from sparsetrain.analysis.circuit_figure import NEGATIVE, POSITIVE
-from sparsetrain.analysis.page_parts import asset, library, renumbered, script_json
+from sparsetrain.analysis.page_parts import whole_page
 from sparsetrain.analysis.readings import cautions, readings
 from sparsetrain.files import write_whole
 from sparsetrain.model import Transformer
@@ -33,11 +33,6 @@ LISTED = 400  # edges in the table
 PROMPTS = 4  # that attention is shown on
 
 EMPTY = "<p>The circuit has no edge: with everything ablated the target is reached, or nothing was asked for.</p>"
-EMBED = """
-const figure = JSON.parse(document.getElementById("figure-data").textContent);
-const done = () => { document.body.dataset.ready = "yes"; };
-figure ? Bokeh.embed.embed_item(figure).then(done) : done();
-"""
 
 # Tapping a node leaves its own edges bright; tapping elsewhere brings all back.
 TAPPED = """
@@ -65,24 +60,15 @@ def write_component_page(page: Path, circuit: Circuit, model: Transformer, token
         prompts: pairs of the task that heads are shown on.
         words: `name` and `description` of the task.
     """
-    drawn = renumbered(json_item(circuit_picture(circuit), "picture")) if circuit.edges else None
-    picture = script_json(drawn)
-    title = f"{words['name']}: a circuit of {circuit.settings['run']}"
+    drawn = json_item(circuit_picture(circuit), "picture") if circuit.edges else None
     body = [
         _header(circuit, words),
         f'<section id="picture">{"" if drawn else EMPTY}</section>',
         _attention(circuit, model, tokenizer, prompts),
         _edge_table(circuit),
     ]
-    text = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        f'<link rel="icon" href="data:,">\n<style>\n{asset("circuit_page.css")}\n</style>\n'
-        f"{library('bokeh', 'bokeh-widgets')}\n</head>\n<body>\n"
-        + "\n".join(body)
-        + f'\n<script type="application/json" id="figure-data">{picture}</script>\n<script>{EMBED}</script>\n'
-        "</body>\n</html>\n"
-    )
-    write_whole(page, text.encode())
+    title = f"{words['name']}: a circuit of {circuit.settings['run']}"
+    write_whole(page, whole_page(title, "\n".join(body), drawn, components=("bokeh", "bokeh-widgets")))
     return page
 
 

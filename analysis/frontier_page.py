@@ -29,7 +29,7 @@ from sparsetrain.analysis import frontier_text as texts
 from sparsetrain.analysis.frontier_data import Model, Setting, Study
 from sparsetrain.analysis.frontier_lines import Line
 from sparsetrain.analysis.frontier_means import MEANS, default_mean
-from sparsetrain.analysis.page_parts import asset, library, renumbered, script_json
+from sparsetrain.analysis.page_parts import whole_page
 from sparsetrain.files import write_whole
 
 WAYS = {"size": "lines of equal size", "l0": "lines of equal L0"}
@@ -41,19 +41,7 @@ EMPTY: dict[str, tuple[str, ...]] = {
     "points": ("x", "y", "marker", "colour", "alpha", "name", "told"),
 }  # fmt: skip
 
-TEMPLATE = Template("""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<link rel="icon" href="data:,">
-<style>
-$style
-</style>
-</head>
-<body>
+BODY = Template("""\
 <header id="header">
 <h1>$title <small>capability against interpretability</small></h1>
 <p>$introduction</p>
@@ -69,15 +57,6 @@ $style
 <aside id="panel" aria-live="polite"></aside>
 </main>
 $tables
-<noscript>The picture needs JavaScript; everything it runs lies in this file.</noscript>
-<script type="application/json" id="page-data">$data</script>
-<script type="application/json" id="figure-data">$figure</script>
-$library
-<script>
-$script
-</script>
-</body>
-</html>
 """)
 
 
@@ -105,18 +84,14 @@ def write_frontier_page(
         "tasks": study.tasks, "common": study.common, "graph": study.graph,
         "settings": [_setting(s, f, study, page.parent) for s, f in zip(study.settings, found, strict=True)],
     }  # fmt: skip
-    whole = TEMPLATE.substitute(
+    body = BODY.substitute(
         title=html.escape(title),
         introduction=html.escape(texts.introduction(study)),
         cautions="".join(f"<li>{html.escape(told)}</li>" for told in texts.cautions(study, found, factors)),
         tables=_tables(study, found, factors),
-        data=script_json(data),
-        figure=script_json(renumbered(json_item(_figure(study), "figure"))),
-        library=library("bokeh"),
-        style=asset("circuit_page.css"),
-        script="\n".join(asset(f"{name}.js") for name in ("page_elements", "frontier_panel", "frontier_page")),
     )
-    write_whole(page, whole.encode())
+    scripts = ("page_elements", "frontier_panel", "frontier_page")
+    write_whole(page, whole_page(title, body, json_item(_figure(study), "figure"), data, scripts))
 
 
 def _setting(setting: Setting, found: Mapping[str, Any], study: Study, folder: Path) -> dict[str, Any]:

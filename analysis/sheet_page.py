@@ -11,8 +11,7 @@ from bokeh.models import ColumnDataSource, HoverTool
 from bokeh.plotting import figure
 
 from sparsetrain.analysis import locality_text as texts
-from sparsetrain.analysis.component_page import EMBED
-from sparsetrain.analysis.page_parts import asset, library, renumbered, script_json
+from sparsetrain.analysis.page_parts import whole_page
 from sparsetrain.analysis.sheet_figure import sheet_figure
 from sparsetrain.files import write_whole
 from sparsetrain.locality.measures import LONG
@@ -38,17 +37,9 @@ def write_sheet(page: Path, laid: LaidOutRun, found: Mapping[str, Any], circuits
         "layout": f"after: {texts.LAYOUTS[found['layout']]}",
     }
     picture = column(sheet_figure(laid, circuits, titles), _histogram(found), sizing_mode="stretch_width")
-    drawn = script_json(renumbered(json_item(picture, "picture")))
-    whole = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{html.escape(found['run'])}: its sheet</title>\n"
-        f'<link rel="icon" href="data:,">\n<style>\n{asset("circuit_page.css")}\n</style>\n'
-        f"{library('bokeh', 'bokeh-widgets')}\n</head>\n<body>\n"
-        f'{_header(found)}\n<section id="picture"></section>\n{_tables(found)}\n'
-        f'<script type="application/json" id="figure-data">{drawn}</script>\n<script>{EMBED}</script>\n'
-        "</body>\n</html>\n"
-    )
-    write_whole(page, whole.encode())
+    body = f'{_header(found)}\n<section id="picture"></section>\n{_tables(found)}'
+    drawn = json_item(picture, "picture")
+    write_whole(page, whole_page(f"{found['run']}: its sheet", body, drawn, components=("bokeh", "bokeh-widgets")))
     return page
 
 
