@@ -1,10 +1,12 @@
 """The frontier of sweeps: what is written of it, and where."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bokeh.palettes import Viridis256
+from tqdm import tqdm
 
 from sparsetrain.analysis import frontier_text as texts
 from sparsetrain.analysis.frontier_data import Model, Study, read_study
@@ -22,7 +24,10 @@ DENSE_COLOUR, BRIGHTEST = "#111827", 215  # the yellow end of the palette cannot
 
 
 def write_frontier(
-    folders: Sequence[str | Path], out: str | Path | None = None, publish: str | Path | None = None
+    folders: Sequence[str | Path],
+    out: str | Path | None = None,
+    publish: str | Path | None = None,
+    pages: bool = False,
 ) -> tuple[Path, str]:
     """Draw the frontier of sweeps: frontier.html, .png, .svg, .json and .md.
 
@@ -31,6 +36,7 @@ def write_frontier(
         out: where it is written; the first sweep's folder by default.
         publish: a folder, in a repository say, for what can be kept of it: all but the page, which links to runs; and
             rows.jsonl, of which this function makes the page again, and configs.json.
+        pages: also write the page of each circuit that has none, some seconds each, so that the frontier's links to it.
 
     Returns:
         The folder of the page, and the tables as Markdown.
@@ -40,6 +46,8 @@ def write_frontier(
         WriteError: a file could not be written.
     """
     study = read_study(folders)
+    if pages:
+        _write_circuit_pages(study)
     out = Path(out or folders[0])
     found, ways = summarise(study), all_lines(study)
     for lines in ways.values():
@@ -57,6 +65,22 @@ def write_frontier(
         write_whole(Path(publish) / ROWS, b"".join((Path(folder) / ROWS).read_bytes() for folder in folders))
         write_json(Path(publish) / "configs.json", _configs(study.models))
     return out, text
+
+
+def _write_circuit_pages(study: Study) -> None:
+    """circuit.html beside each circuit that has none; one that cannot be written is told and left out."""
+    from sparsetrain.analysis.circuit_page import write_page  # which imports torch; a frontier needs none
+    from sparsetrain.checkpoint import CheckpointError
+    from sparsetrain.pruning.circuit import CircuitError
+    from sparsetrain.tasks import TaskError
+
+    found = [(model.run, model.circuit(task)) for model in study.models for task in sorted(model.reached)]
+    without = [(run, folder) for run, folder in found if folder and not Path(folder, "circuit.html").exists()]
+    for run, folder in tqdm(without, desc="pages of circuits", disable=None):
+        try:
+            write_page(run, folder)
+        except (CheckpointError, CircuitError, TaskError) as error:
+            tqdm.write(f"{folder}: no page: {error}", file=sys.stderr)
 
 
 def _colour(lines: Sequence[Line]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,14 @@ class Model:
     @cached_property
     def reached(self) -> set[str]:
         return {task for task, row in self.outcomes.items() if row["reached"]}
+
+    def circuit(self, task: str) -> str | None:
+        """The folder of a circuit, named by its method or as `prune.name` said; None where it is not there."""
+        circuits, method = f"{self.run}/circuits/{task}", self.outcomes[task]["method"]  # no paths: there may be many
+        if os.path.exists(f"{circuits}/{method}/circuit.json"):
+            return f"{circuits}/{method}"
+        others = list(Path(circuits).glob("[!.]*/circuit.json"))
+        return str(others[0].parent) if len(others) == 1 else None
 
 
 @dataclass(frozen=True)

@@ -135,20 +135,10 @@ def _outcome(model: Model, task: str, run: str | None) -> list[Any] | None:
         return None
     if not row["reached"]:
         return [row.get("why") or "not reached"]
-    folder = _circuit(model.run, task, row["method"]) if run else None
-    link = f"{run}/circuits/{quote(task)}/{quote(folder)}" if folder else None
+    folder = model.circuit(task) if run else None
+    page = "circuit.html" if folder and os.path.exists(f"{folder}/circuit.html") else ""
+    link = f"{run}/circuits/{quote(task)}/{quote(os.path.basename(folder))}/{page}" if folder else None
     return [*(_rounded(row.get(key)) for key in PANEL), link]
-
-
-def _circuit(run: Path, task: str, method: str) -> str | None:
-    """The page, or else the folder, of a circuit: named by its method, or as `prune.name` said."""
-    circuits = f"{run}/circuits/{task}"  # no paths: there may be many thousands
-    if not os.path.exists(f"{circuits}/{method}/circuit.json"):
-        others = list(Path(circuits).glob("[!.]*/circuit.json"))
-        if len(others) != 1:
-            return None
-        method = others[0].parent.name
-    return f"{method}/circuit.html" if os.path.exists(f"{circuits}/{method}/circuit.html") else f"{method}/"
 
 
 def _figure(study: Study) -> figure:

@@ -37,8 +37,7 @@ function frontierPanel(data, choose) {
     const close = make("button", { className: "close", type: "button", textContent: "×", title: "back (Escape)" });
     close.addEventListener("click", () => choose(null));
     const without = s.models.some((m) => m.outcomes.some((outcome) => outcome?.at(-1)?.toString().endsWith("/")));
-    const words = "Of circuits without a page the folder is linked; `sparsetrain page RUN --task TASK` writes the page, " +
-      "and `sparsetrain frontier` again links it.";
+    const words = "Of circuits without a page the folder is linked; `sparsetrain frontier --pages` writes their pages.";
     return [
       close, make("h2", { id: "chosen", textContent: s.name }), facts(s), ...s.models.flatMap(model),
       without ? note(words) : "",

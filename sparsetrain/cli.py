@@ -157,6 +157,7 @@ def _of_sweeps_and_benchmarks(add: Add) -> None:
         "--publish", metavar="FOLDER",
         help="also write there what a repository can keep: figure, tables, rows and configs, without the page",
     )  # fmt: skip
+    made.add_argument("--pages", action="store_true", help="first write the page of each circuit that has none")
 
     made = add(
         "bench",
@@ -352,7 +353,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _frontier(options: argparse.Namespace) -> None:
     from sparsetrain.analysis.frontier import write_frontier
 
-    out, text = write_frontier(options.sweeps, options.out, options.publish)
+    out, text = write_frontier(options.sweeps, options.out, options.publish, options.pages)
     print(text)
     print(f"page: {out / 'frontier.html'}")
 

@@ -166,7 +166,7 @@ def test_a_click_shows_the_runs_and_circuits_of_a_setting(page, swept):
         f"points/{run.name}/circuits/{first['task']}/node_masks/circuit.html",
         f"points/{run.name}/circuits/{second['task']}/node_masks/",
     ]  # fmt: skip
-    assert "`sparsetrain page RUN --task TASK` writes the page" in page.inner_text("#panel")
+    assert "`sparsetrain frontier --pages` writes their pages" in page.inner_text("#panel")
     assert "its run directory is not beside this page" in page.inner_text("#panel")
     assert "not reached: 0.400 is above the target" in page.inner_text("#panel")
     page.keyboard.press("Escape")

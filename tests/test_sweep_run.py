@@ -4,11 +4,13 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from sparsetrain.analysis.frontier import write_frontier
 from sparsetrain.checkpoint import load_run
 from sparsetrain.config import ConfigError, load_config
 from sparsetrain.prune_config import PruneConfig
@@ -102,6 +104,17 @@ def test_failures_are_recorded_with_their_words_and_do_not_stop_the_rest(place, 
         assert "Error" in (place / "sweeps/all/points" / row["point"] / "log.txt").read_text() or row["arm"] == "good"
     table = (place / "sweeps/all/table.md").read_text()
     assert "| bad | 2 |" in table and "| good | 2 |" in table
+
+
+def test_the_frontier_writes_the_pages_of_circuits_first(place, rows, tmp_path, capsys):
+    copy = shutil.copytree("sweeps/all", tmp_path / "all")
+    broken, whole = (copy / "points" / row["point"] / "circuits/mine/node_masks" for row in good(rows))
+    (broken / "circuit.json").write_text("{}")
+    write_frontier([copy], pages=True)
+    assert f"{broken}: no page: " in capsys.readouterr().err
+    assert not (broken / "circuit.html").exists()
+    page = whole / "circuit.html"
+    assert page.exists() and f'"{page.relative_to(copy)}"' in (copy / "frontier.html").read_text()
 
 
 def _touched(place) -> dict[str, int]:
