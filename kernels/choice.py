@@ -30,15 +30,15 @@ _taken: dict[tuple, str] = {}
 
 
 def sparse_pays(
-    shape: tuple[int, int], n_tokens: int, n_nonzero: int, device: torch.device, dtype: torch.dtype
+    shape: tuple[int, int], n_tokens: int, n_nonzero: int, device: torch.device, dtype: torch.dtype, factor: float = 1
 ) -> bool:
-    """Whether a weight (M, K) is multiplied faster by its nonzeros than as a dense matrix that is at hand."""
+    """Whether a weight (M, K) is multiplied `factor` times faster by its nonzeros than as a dense matrix at hand."""
     fast = _pick_for("auto", device.type, dtype, BACKENDS, 0)
     if fast == "reference" or n_nonzero >= shape[0] * shape[1]:
         return False
     fast = [fast] if fast == "cpu" else DESIGNS[: 2 if dtype == torch.bfloat16 else 1]
     size = costs.Size(*shape, n_tokens, n_nonzero, token_major=False)
-    return costs.dense_at_hand(device.type, dtype, size) > min(
+    return costs.dense_at_hand(device.type, dtype, size) > factor * min(
         costs.predict(backend, device.type, dtype, size, training=False) for backend in fast
     )
 

@@ -5,6 +5,7 @@ import torch
 
 from sparsetrain import sparsity
 from sparsetrain.config import RunConfig, SparsityOptions, load_config
+from sparsetrain.linear import Linear
 from sparsetrain.model import Transformer
 
 
@@ -63,6 +64,28 @@ def test_projection_meets_every_budget_and_floor():
     assert floors == {
         "attn.qkv.weight": (4, 0), "attn.out.weight": (0, 4), "mlp.up.weight": (4, 0), "mlp.out.weight": (0, 4),
     }  # fmt: skip
+
+
+def test_nonzeros_are_multiplied_where_that_pays_and_give_the_same_logits_and_gradients():
+    m = model("model.d_model=256")
+    with torch.no_grad():
+        for linear in (module for module in m.modules() if isinstance(module, Linear)):
+            keep = torch.rand(linear.shape, generator=torch.Generator().manual_seed(1)) < 0.01
+            linear.weight.mul_(keep)
+        m.blocks[0].mlp.up.weight.fill_(0.01)
+    tokens = torch.arange(256).view(4, 64) % 40
+
+    def run():
+        scale = torch.ones(256, requires_grad=True)
+        logits, _ = m.run(tokens, edits={"blocks.0.attn_in": lambda x: x * scale})
+        return logits.detach(), torch.autograd.grad(logits[..., 0].sum(), scale)[0]
+
+    dense = run()
+    sparsity.multiply_nonzeros_(m.requires_grad_(False), n_tokens=4096)
+    active = {name for name, module in m.named_modules() if isinstance(module, Linear) and module.active is not None}
+    assert {"blocks.0.attn.qkv", "blocks.0.mlp.out"} <= active and "blocks.0.mlp.up" not in active
+    for a, b in zip(dense, run(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_counts_see_dead_rows_and_columns():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsetrain import checkpoint
 from sparsetrain.model import Transformer
-from sparsetrain.pruning.ablation import Ablation
+from sparsetrain.pruning.ablation import BATCH, Ablation
 from sparsetrain.pruning.curves import curve
 from sparsetrain.pruning.cut import Cut, Method, Problem, find
 from sparsetrain.pruning.edges import EdgeSet, batches
@@ -30,6 +30,7 @@ from sparsetrain.pruning.evaluate import (
 from sparsetrain.pruning.graph import full
 from sparsetrain.pruning.objective import logit_difference
 from sparsetrain.pruning.space import Space, Units, complement, n_units, random_like
+from sparsetrain.sparsity import multiply_nonzeros_
 from sparsetrain.tasks import TASKS, TaskData, TaskError, encode_task, load_task, nonsense
 
 log = logging.getLogger(__name__)
@@ -206,6 +207,7 @@ def score_tasks(
 ) -> Iterator[TaskScore]:
     """How well a run's full model does each task (all built-in ones, or those named) on held-out prompts."""
     model, tokenizer, config = checkpoint.load_run(run, device)
+    multiply_nonzeros_(model, BATCH * config.model.n_ctx)
     for name in names or TASKS:
         try:
             train, heldout = (

@@ -26,7 +26,7 @@ from sparsetrain.machine import peak_bytes, reset_peak
 from sparsetrain.model import Transformer
 from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning import acdc, attribution, edge_masks, node_masks, topk_masks
-from sparsetrain.pruning.ablation import OF_CORPUS, Ablation, build_ablation, refuse_without_corpus
+from sparsetrain.pruning.ablation import BATCH, OF_CORPUS, Ablation, build_ablation, refuse_without_corpus
 from sparsetrain.pruning.alternatives import Alternatives, alternatives
 from sparsetrain.pruning.channel_edges import ChannelGraph
 from sparsetrain.pruning.circuit import Circuit, Edge, list_edges, save_circuit
@@ -39,6 +39,7 @@ from sparsetrain.pruning.measures import full_model_logits, measure, nonsense_co
 from sparsetrain.pruning.mib import mib_json
 from sparsetrain.pruning.objective import FLAT, METRICS, Extremes, refuse_flat
 from sparsetrain.pruning.space import EdgeSpace, NodeSpace, Space, Unit, Units, n_units
+from sparsetrain.sparsity import multiply_nonzeros_
 from sparsetrain.tasks import TaskData, encode_task, load_task
 
 T = TypeVar("T")
@@ -145,6 +146,8 @@ def prune(
     )
     log.info("task %s: %d prompts to learn on, %d held out", chosen.name, len(train), len(heldout))
     space = make_space(model, config, method)
+    if isinstance(space, NodeSpace):  # edges are masked in the dense weight
+        multiply_nonzeros_(model, BATCH * train.tokens.shape[1])
     ablation = _ablation(space, run, run_config, config, train)
     folder = circuit_folder(run, chosen.name, config.name or method, at)
     unfinished = folder.with_name(f".{folder.name}-unfinished")
