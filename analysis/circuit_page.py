@@ -48,6 +48,7 @@ def write_page(run: str | Path, circuit_folder: str | Path) -> Path:
     Raises:
         CheckpointError: the run holds no readable model.
         CircuitError: the folder holds no readable circuit.
+        DataError: the run's corpus cannot be read.
         TaskError: the circuit's task cannot be found.
         WriteError: the page could not be written.
     """

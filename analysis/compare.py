@@ -56,11 +56,10 @@ def _side(run: Path) -> Side:
 
 
 def _names(a: Path, b: Path) -> list[str]:
-    """The folders' names, or more of their paths where these are the same."""
-    a, b = a.resolve(), b.resolve()
-    if a.name != b.name:
-        return [a.name, b.name]
-    return [f"{run.parent.name}_{run.name}" for run in (a, b)]
+    """The folders' names, each after the first folder above in which the paths differ where the names are the same."""
+    a, b = (run.resolve().parts[::-1] for run in (a, b))
+    apart = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
+    return ["_".join(dict.fromkeys((parts[apart], parts[0]))) for parts in (a, b)]
 
 
 def _side_by_side(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -107,12 +106,12 @@ def _circuits(a: Path, b: Path) -> list[dict[str, Any]]:
 def _searches(run: Path) -> dict[str, dict[str, Any]]:
     """What a run's circuits measure, by task and name; a search that missed its target has what it came to."""
     found = {}
-    for file in sorted(run.glob("circuits/[!.]*/[!.]*/unreached.json")):
-        read = json.loads(file.read_text())
-        found[_key(file)] = {"reached": False, "task_loss": read["best_loss"], "target_loss": read["target_loss"]}
     for file in sorted(run.glob("circuits/[!.]*/[!.]*/metrics.json")):
         measures = json.loads(file.read_text())
         found[_key(file)] = {"reached": True, **{key: measures.get(key) for key in CIRCUIT}}
+    for file in sorted(run.glob("circuits/[!.]*/[!.]*/unreached.json")):  # newer than a circuit beside it
+        read = json.loads(file.read_text())
+        found[_key(file)] = {"reached": False, "task_loss": read["best_loss"], "target_loss": read["target_loss"]}
     return found
 
 

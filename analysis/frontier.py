@@ -9,7 +9,7 @@ from bokeh.palettes import Viridis256
 from tqdm import tqdm
 
 from sparsetrain.analysis import frontier_text as texts
-from sparsetrain.analysis.frontier_data import Model, Study, read_study
+from sparsetrain.analysis.frontier_data import FrontierError, Model, Study, read_study
 from sparsetrain.analysis.frontier_lines import Line, all_lines, equal_capability
 from sparsetrain.analysis.frontier_means import default_mean, summarise
 from sparsetrain.analysis.frontier_page import write_frontier_page
@@ -42,10 +42,15 @@ def write_frontier(
         The folder of the page, and the tables as Markdown.
 
     Raises:
-        FrontierError: no frontier can be drawn of these.
+        FrontierError: no frontier can be drawn of these, or two sweeps of one name are to be published together.
         WriteError: a file could not be written.
     """
     study = read_study(folders)
+    if publish and len({setting.row["sweep"] for setting in study.settings}) < len(set(map(Path, folders))):
+        raise FrontierError(
+            "sweeps that are published together must have different names, by which their rows are told apart, got "
+            f"{', '.join(map(str, folders))}; publish each by itself"
+        )
     if pages:
         _write_circuit_pages(study)
     out = Path(out or folders[0])
@@ -71,6 +76,7 @@ def _write_circuit_pages(study: Study) -> None:
     """circuit.html beside each circuit that has none; one that cannot be written is told and left out."""
     from sparsetrain.analysis.circuit_page import write_page  # which imports torch; a frontier needs none
     from sparsetrain.checkpoint import CheckpointError
+    from sparsetrain.data import DataError
     from sparsetrain.pruning.circuit import CircuitError
     from sparsetrain.tasks import TaskError
 
@@ -79,7 +85,7 @@ def _write_circuit_pages(study: Study) -> None:
     for run, folder in tqdm(without, desc="pages of circuits", disable=None):
         try:
             write_page(run, folder)
-        except (CheckpointError, CircuitError, TaskError) as error:
+        except (CheckpointError, CircuitError, DataError, TaskError) as error:
             tqdm.write(f"{folder}: no page: {error}", file=sys.stderr)
 
 

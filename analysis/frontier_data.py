@@ -14,6 +14,7 @@ import numpy as np
 
 from sparsetrain.config import ConfigError
 from sparsetrain.sweeping.points import expand
+from sparsetrain.sweeping.records import is_impossible
 from sparsetrain.sweeping.rows import ROWS, read_rows
 from sparsetrain.sweeping.sweep_config import SWEEP, load_sweep
 
@@ -46,12 +47,10 @@ class Model:
         return {task for task, row in self.outcomes.items() if row["reached"]}
 
     def circuit(self, task: str) -> str | None:
-        """The folder of a circuit, named by its method or as `prune.name` said; None where it is not there."""
-        circuits, method = f"{self.run}/circuits/{task}", self.outcomes[task]["method"]  # no paths: there may be many
-        if os.path.exists(f"{circuits}/{method}/circuit.json"):
-            return f"{circuits}/{method}"
-        others = list(Path(circuits).glob("[!.]*/circuit.json"))
-        return str(others[0].parent) if len(others) == 1 else None
+        """The folder of a circuit; None where it is not there."""
+        row = self.outcomes[task]
+        folder = f"{self.run}/circuits/{task}/{row.get('circuit') or row['method']}"  # no path: there may be many
+        return folder if os.path.exists(f"{folder}/circuit.json") else None
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def read_study(folders: Sequence[str | Path]) -> Study:
     where = ", ".join(map(str, folders))
     if not models:
         raise FrontierError(f"a sweep must hold a trained model, got none in {where}; run `sparsetrain sweep` first")
-    left_out = {t: r["why"] for m in models for t, r in m.outcomes.items() if _impossible(r)}
+    left_out = {t: r["why"] for m in models for t, r in m.outcomes.items() if is_impossible(r)}
     tasks = list(dict.fromkeys(row["task"] for _, row in rows if row["task"] and row["task"] not in left_out))
     if not any(task in model.outcomes for model in models for task in tasks):
         raise FrontierError(f"a frontier must have tasks, got none with an outcome in {where}; name them in `tasks`")
@@ -218,11 +217,6 @@ def _models(rows: list[tuple[Path, Row]]) -> list[Model]:
 
 def _is_trained(row: Row) -> bool:
     return row["val_loss"] is not None and math.isfinite(row["val_loss"])
-
-
-def _impossible(row: Row) -> bool:
-    """Whether a tokenizer cannot express a task, which says nothing about its model."""
-    return not row["reached"] and row.get("full_model_loss_calibrated") is None
 
 
 def _settings(models: list[Model]) -> list[Setting]:
@@ -291,7 +285,7 @@ def _in_a_circuit(model: Model, key: str) -> Any:
 
 
 def _refuse_what_differs(models: list[Model]) -> None:
-    """Losses are compared, so they must be of the same tokens."""
+    """Losses are compared, so they must be of the same corpus; `frontier_text` warns of other windows of it."""
     corpora: dict[str, str] = {}
     for model in models:
         file = model.run / "environment.json"

@@ -149,8 +149,12 @@ def _baselines(study: Study, line: Line, lines: Sequence[Line]) -> list[Line]:
         *there, name = study.settings[other["settings"][0]].family
         return there == sweep and name in names
 
-    depths = [_matched(study.settings[i]) for i in line["settings"]]
-    alike = [other for other in dense if _matched(study.settings[other["settings"][0]]) in depths]
+    def held(i: int) -> tuple[dict[str, Any], int | None]:
+        """With the depth that an arm may have set, which no value says."""
+        return _matched(study.settings[i]), study.settings[i].row.get("n_layers")
+
+    ours = [held(i) for i in line["settings"]]
+    alike = [other for other in dense if held(other["settings"][0]) in ours]
     return [other for other in alike if of_its_arm(other)] or alike
 
 

@@ -8,6 +8,12 @@ from sparsetrain.analysis.frontier_data import Setting, Study
 from sparsetrain.analysis.frontier_means import MEANS, Floor, Value, default_mean
 
 Table = tuple[Sequence[str], list[list[str]]]
+WINDOWS = (
+    "model.n_ctx",
+    "train.batch_size",
+    "train.eval_batches",
+    "train.stride",
+)  # of a held-out loss
 MEANINGS = {
     "common": "The same tasks for every model, so none gains by failing at a hard one. Models that miss one of them "
               "have no such mean; they stand at the picture's upper edge.",
@@ -49,6 +55,12 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
         told.append("One seed of each setting: intervals are over tasks alone, and seeds may differ by more.")
     elif max(seeds) < 5:
         told.append(f"Intervals resample {max(seeds)} seeds of a setting at most, which is few: take them as rough.")
+    varied = {key for setting in study.settings for key in setting.row["values"]} & {*WINDOWS}
+    if varied:
+        told.append(
+            f"The models differ in {', '.join(sorted(varied))}, which held-out losses depend on too: other windows of "
+            "the corpus, or longer ones."
+        )
     told += _of_circuits(study)
     told.append(
         "Points share their tasks, so the intervals of two points may overlap although one is surely lower. What is "

@@ -71,11 +71,14 @@ def write_report(run: str | Path, circuits: dict[str, Circuit], named: bool) -> 
 def run_circuits(run: str | Path, task: str | None = None, names: list[str] | None = None) -> dict[str, Circuit]:
     """The circuits of a run by `task/name`: all, or those of a task, or those with these names.
 
+    Of a search that missed its target, an earlier circuit of the same name is not taken.
+
     Raises:
         CircuitError: one that was named is not there, or cannot be read.
     """
     folder = Path(run) / "circuits"
-    there = {f.parent.relative_to(folder).as_posix(): f.parent for f in sorted(folder.glob("[!.]*/[!.]*/circuit.json"))}
+    found = (file.parent for file in sorted(folder.glob("[!.]*/[!.]*/circuit.json")))
+    there = {f.relative_to(folder).as_posix(): f for f in found if not (f / "unreached.json").exists()}
     chosen = [name for name in there if _is_chosen(name, task, names)]
     missing = [n for n in names or [] if not any(name.endswith(f"/{n}") for name in chosen)]
     if missing or (task and not chosen):

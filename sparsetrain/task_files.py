@@ -18,6 +18,10 @@ class TaskError(ValueError):
         self.reason = reason or message
 
 
+class InexpressibleTask(TaskError):
+    """A task of which a tokenizer, or a context length, allows too few prompts."""
+
+
 def read_pairs(path: Path) -> list[Pair]:
     """The pairs of a JSON-lines file, in its order.
 

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparsetrain.task_encoding import Encoded, Refused, Unaligned, encode_pair
-from sparsetrain.task_files import TaskError, linked_groups, read_pairs
+from sparsetrain.task_files import InexpressibleTask, TaskError, linked_groups, read_pairs
 from sparsetrain.task_language import LANGUAGE_GENERATORS
 from sparsetrain.task_probing import PROBING_TASKS, probing_task
 from sparsetrain.task_prompts import GENERATORS, NAME_ANSWERS, Pair
@@ -151,7 +151,8 @@ def encode_task(
         2 * n_pairs prompts.
 
     Raises:
-        TaskError: an argument is out of range, or too few pairs pass; says why the first was refused.
+        TaskError: an argument is out of range.
+        InexpressibleTask: too few pairs pass; says why the first was refused.
     """
     if split not in get_args(Split):
         raise TaskError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
@@ -240,7 +241,7 @@ def _check_number(
         remedy = "take another ablation, as mean_task or mean_position, which needs no partners"
     remedy += ", or " + ("add pairs to the file" if task.from_file else "write your own prompts as a .jsonl file")
     if found < fewest:
-        raise TaskError(
+        raise InexpressibleTask(
             f"task {task.name} must give {fewest} different pairs for {split} with this tokenizer of "
             f"{tokenizer.get_vocab_size()} tokens, got {found}{reason}; "
             f"{remedy}",

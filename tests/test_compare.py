@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsetrain.analysis.compare import compare
+from sparsetrain.analysis.compare import _names, compare
 from sparsetrain.analysis.compare_losses import Side, on_documents
 from sparsetrain.checkpoint import load_run, run_corpus
 from sparsetrain.cli import main
@@ -111,7 +111,7 @@ def test_circuits_are_paired_by_task_and_name(tiny_run, tmp_path):
     circuit(a, "two", "acdc")
     circuit(b, "two", "acdc", target_loss=0.3)
     circuit(a, "three", "acdc")
-    (b / "circuits/three/acdc").mkdir(parents=True)
+    circuit(b, "three", "acdc", target_loss=0.5)  # found before the search that missed
     missed = {"best_loss": 0.4, "target_loss": 0.15, "why": "", "task": "three", "full_model_loss": 0.3}
     (b / "circuits/three/acdc/unreached.json").write_text(json.dumps(missed))
     circuit(a, "one", "mine")
@@ -124,6 +124,13 @@ def test_circuits_are_paired_by_task_and_name(tiny_run, tmp_path):
     assert rows["three", "acdc"]["b"]["task_loss"] == 0.4 and "B missed the target" in text
     assert rows["one", "mine"]["b"] is None and "B was not pruned" in text
     assert "B - A +0.0000" in text
+
+
+@pytest.mark.parametrize(
+    "a, b, names", [("a/x", "b/y", ["x", "y"]), ("a/x", "b/x", ["a_x", "b_x"]), ("a/p/x", "b/p/x", ["a_x", "b_x"])]
+)
+def test_runs_of_one_name_are_told_apart_by_what_differs_in_their_paths(tmp_path, a, b, names):
+    assert _names(tmp_path / a, tmp_path / b) == names
 
 
 def test_the_command_writes_beside_it_and_says_it(tiny_run, dense_run, tmp_path, monkeypatch, capsys):

@@ -78,12 +78,3 @@ def test_circuits_are_compared(adder):
     known, three = named_edges(graph, CIRCUIT), named_edges(graph, [*CIRCUIT[:2], ("positions", "m0")])
     assert curves.compare(graph, three, known) == {"precision": 2 / 3, "recall": 2 / 5, "exact": 0, "overlap": 2 / 6}
     assert curves.compare(graph, known, known)["exact"] == 1
-
-
-def test_each_edge_of_a_sum_is_worth_its_branch(adder):
-    graph, prompts = adder
-    effects = curves.edge_effects(graph, prompts, named_edges(graph, CIRCUIT), objective.logit_difference)
-    whole = edges.mean_metric(graph, prompts, graph.edges, objective.logit_difference)
-    names = edges.edge_names(graph, graph.edges)
-    found = {names[i]: x for i, x in enumerate(edges.flat(graph, effects).tolist()) if x}
-    assert found == pytest.approx({pair: whole / (1 if pair == ("m0", "logits") else 2) for pair in CIRCUIT})

@@ -8,6 +8,7 @@ import pytest
 from made_sweep import FAILED, model_rows, ruled_sweep, write_rows
 
 from sparsetrain.analysis.frontier import write_frontier
+from sparsetrain.analysis.frontier_data import FrontierError
 from sparsetrain.cli import main
 from sparsetrain.sweeping.rows import read_rows
 
@@ -104,6 +105,13 @@ def test_what_is_published_makes_the_page_again(swept, tmp_path):
     write_frontier([tmp_path / "results"])
     again, first = (data_of(folder) for folder in (tmp_path / "results", swept))
     assert again["settings"] == first["settings"] and again["equal_capability"] == first["equal_capability"]
+
+
+def test_sweeps_of_one_name_are_not_published_together(tmp_path):
+    folders = [write_rows(tmp_path / of / "s", model_rows(3.0, {"a": 4})) for of in ("one", "two")]
+    with pytest.raises(FrontierError, match="must have different names"):
+        write_frontier(folders, tmp_path / "out", tmp_path / "results")
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.browser

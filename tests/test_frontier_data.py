@@ -90,6 +90,12 @@ def test_where_no_task_is_reached_by_all_those_that_most_reach_are_taken(tmp_pat
     assert read_study([write_rows(tmp_path / "none", *third)]).common == []
 
 
+def test_losses_over_other_windows_are_told(tmp_path):
+    models = [model_rows(3.0, {"a": 4}, **{"train.batch_size": n}) for n in (16, 64)]
+    study = read_study([write_rows(tmp_path, *models)])
+    assert any("differ in train.batch_size" in told for told in cautions(study, summarise(study), []))
+
+
 def test_a_model_that_diverged_is_missing(tmp_path):
     study = read_study([write_rows(tmp_path, model_rows(3.0, {"a": 1}), model_rows(math.nan, {"a": 1}, width=2))])
     assert len(study.models) == 1 and study.missing == ["_width-2_seed-0: its held-out loss is nan"]

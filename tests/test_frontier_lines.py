@@ -147,6 +147,16 @@ def test_an_arm_is_held_to_its_own_baseline(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_depth_that_an_arm_sets_counts_too(tmp_path):
+    models = [model_rows(3.0, {"a": 10}, arm=arm, n_nonzero=4000 if arm == "base" else 1000)
+              for arm in ("shallow", "deep", "base")]  # fmt: skip
+    for rows, depth in zip(models, (2, 8, 2), strict=True):
+        rows[0]["n_layers"] = depth
+    study = read_study([write_rows(tmp_path, *models)])
+    (row,) = equal_capability(study, all_lines(study)["size"])
+    assert "shallow" in row["line"]
+
+
 def test_the_factor_of_a_made_sweep_is_found(tmp_path):
     """There dense circuits are 2.5 / sqrt(density) times as large, and between two densities what lies between."""
     study = read_study([ruled_sweep(tmp_path, (64, 96, 128, 192, 256), (0.0625, 0.25), noise=0.2)])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,7 +251,8 @@ def test_what_a_method_cannot_do_is_said(tiny_run, task):
             prune(tiny_run, task, load_config(PruneConfig, [*QUICK, *settings]), method)
 
 
-def test_the_circuits_of_all_kept_checkpoints(tiny_run, task):
+def test_the_circuits_of_all_kept_checkpoints(tiny_run, task, tmp_path):
+    task = shutil.copy(task, tmp_path)
     settings = [*QUICK, *SMALL["attribution"], "graph=component", "target_loss=0.65", "nonsense=false",
                 "alternative_runs=0", "clean_evaluations=0", "name=formed"]  # fmt: skip
     config = load_config(PruneConfig, settings)
@@ -262,6 +265,12 @@ def test_the_circuits_of_all_kept_checkpoints(tiny_run, task):
     assert json.loads(over_training(tiny_run, task, config, "attribution").read_text()) == rows
     assert {f: f.stat().st_mtime_ns for f in kept} == kept, "nothing is done twice"
     assert "target not reached" in write_formation_page(file).read_text()
+    shutil.rmtree(next(file.parent.glob("step_*")))
+    assert json.loads(over_training(tiny_run, task, config, "attribution").read_text()) == rows, "done again"
+    Path(task).write_text("".join(Path(task).read_text().splitlines(keepends=True)[:-1]))
+    before = {f: f.stat().st_mtime_ns for f in file.parent.rglob("circuit.json")}
+    over_training(tiny_run, task, config, "attribution")
+    assert before and all(f.stat().st_mtime_ns > then for f, then in before.items())
     other = dataclasses.replace(config, target_loss=0.0)
     file = over_training(tiny_run, task, other, "attribution")
     assert not any(row["reached"] for row in json.loads(file.read_text())), "nothing of the other target is left"

@@ -13,17 +13,20 @@ from sparsetrain.sweeping.complete import (
     forget_failures,
     give_up,
     is_left,
+    left_jobs,
     under_way,
 )
 from sparsetrain.sweeping.points import expand
 from sparsetrain.sweeping.progress import Progress
-from sparsetrain.sweeping.records import recorded
+from sparsetrain.sweeping.records import jobs, recorded
 from sparsetrain.sweeping.sweep_config import load_sweep
+
+ASKED = ["seeds=[0,1,2]", "tasks=[for_while,else_elif]", "measures=[m:f]"]
 
 
 @pytest.fixture
 def swept(tmp_path):
-    return load_sweep([f"out={tmp_path}", "seeds=[0,1,2]", "tasks=[for_while,else_elif]", "measures=[m:f]"])
+    return load_sweep([f"out={tmp_path}", *ASKED])
 
 
 @pytest.fixture
@@ -58,7 +61,10 @@ def test_jobs_that_are_not_done_are_done_in_their_order_and_a_failure_does_not_s
     forget_failures(swept, point)
     again = Doing()
     complete(swept, point, again)
-    assert again.done == ["prune-for_while", "prune-else_elif"]
+    assert again.done == ["prune-for_while", "prune-else_elif", "measure-m.f"], "it measured a run without circuits"
+    assert not is_left(recorded(swept, point))
+    other = load_sweep([f"out={swept.options.out}", *ASKED, "prune=[target_loss=0.2]"])
+    assert list(left_jobs(other, point)) == list(jobs(other, point))[1:], "and it measures circuits of one target"
 
 
 def test_without_its_model_nothing_more_is_done(swept, point):

@@ -6,6 +6,8 @@ from sparsetrain.config import ConfigError
 from sparsetrain.sweeping.points import expand
 from sparsetrain.sweeping.sweep_config import load_sweep, sweep_to_yaml
 
+TPE = ["samples.optim.lr=[uniform,0,1]", "n_samples=2", "search.sampler=tpe", "search.objective=val_loss"]
+
 
 def test_files_and_overrides_give_grid_arms_and_samples(tmp_path):
     (tmp_path / "s.yaml").write_text(
@@ -72,6 +74,8 @@ def test_all_problems_are_told_at_once():
         (["seeds=[0,1]", "tasks=[for_wile]"], "tasks must be built-in names"),
         (["seeds=[0,1]", "tasks=[nowhere.jsonl]"], "got 'nowhere.jsonl'"),
         (["seeds=[0,1]", "tasks=[for_while,for_while]"], "got for_while twice"),
+        (["seeds=[0,1]", "tasks=[all,FOLDER/for_while.jsonl]"], "got for_while twice"),
+        ([*TPE, "arms.a=[optim.lr=0.1]"], "samples.optim.lr must not be set by an arm too"),
         (["seeds=[0,1]", "measures=[wiring]"], "measures must be written MODULE:FUNCTION, got 'wiring'"),
         (["seeds=[0,1]", "n_samples=2"], "n_samples must be at least 1 with samples and 0 without"),
         (["samples.optim.lr=[uniform,0,1]"], "n_samples must be at least 1"),
@@ -88,7 +92,17 @@ def test_all_problems_are_told_at_once():
         (["nowhere.yaml"], "cannot read the config nowhere.yaml"),
     ],
 )
-def test_what_cannot_be_used_is_named(arguments, words):
+def test_what_cannot_be_used_is_named(arguments, words, tmp_path):
+    (tmp_path / "for_while.jsonl").touch()
     with pytest.raises(ConfigError) as error:
-        load_sweep(arguments)
+        load_sweep([argument.replace("FOLDER", str(tmp_path)) for argument in arguments])
     assert words in str(error.value)
+
+
+def test_tasks_may_be_named_besides_all_and_be_made_for_any_modulus():
+    assert load_sweep(["seeds=[0,1]", "tasks=[all,for_while,squares_mod_113]"]).options.tasks[2] == "squares_mod_113"
+
+
+def test_a_dense_baseline_has_no_locality():
+    points = expand(load_sweep(["base=[locality.pressure=proximal]", "grid.locality.strength=[1,2]", "dense=[]"]))
+    assert [(p.arm, p.config.locality.pressure) for p in points] == [("", "proximal")] * 2 + [("dense", "none")]

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from sweep_processes import QUICK, facts, family
 
+from sparsetrain.sweeping.points import expand
 from sparsetrain.sweeping.run import sweep
 from sparsetrain.sweeping.sweep_config import load_sweep
 from sparsetrain.sweeping.worker import Worker
@@ -42,6 +43,7 @@ def test_the_rows_are_those_of_a_sweep_that_was_not_killed(sweep_place, sweep_ba
     for all_at_once, latest in ((False, 1.5), (True, 0.3)):  # a little later all might be done
         killed([*arguments, "name=killed"], points, rng.uniform(0, latest), all_at_once)
     n_left = 4 - n_recorded(points)
+    assert expand(load_sweep([str(points.parent / "sweep.yaml")])) == expand(load_sweep([*arguments, "name=killed"]))
     with Worker() as worker:
         rows, whole = (sweep(load_sweep([*arguments, f"name={name}"]), worker=worker) for name in ("killed", "whole"))
     assert n_left > 0, "the kills came too late to show anything"

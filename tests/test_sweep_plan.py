@@ -1,6 +1,6 @@
 """The plan of a sweep: whose steps are timed, and what it says of engines and wall time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -80,3 +80,7 @@ def test_the_plan_says_how_many_points_run_at_once_and_the_time_that_follows(tmp
     text = plan_text(config, points, points, expected, Two())
     assert told in text
     assert ("up to 3 points more" in text) == config.options.adaptive
+    if config.options.adaptive:  # once those are done, the rest takes as long as they did
+        done = {name: replace(one, trained=True) for name, one in expected.items()}
+        text = plan_text(config, points, [], done, Two())
+        assert "training: about 90 s" in text and "about 45 s in all" in text

@@ -17,8 +17,8 @@ from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning.prune import prune
 from sparsetrain.sweeping.complete import under_way
 from sparsetrain.sweeping.points import expand
-from sparsetrain.sweeping.records import Job, jobs
-from sparsetrain.sweeping.rows import read_rows
+from sparsetrain.sweeping.records import Job, jobs, recorded
+from sparsetrain.sweeping.rows import point_rows, read_rows
 from sparsetrain.sweeping.run import plan, sweep
 from sparsetrain.sweeping.stages import COLUMNS, run_stage
 from sparsetrain.sweeping.sweep_config import load_sweep
@@ -213,6 +213,17 @@ def test_a_measure_that_gives_no_numbers_or_takes_a_column_fails(tmp_path, monke
     measure = "measure_of_mine:mine"
     with pytest.raises(ConfigError, match=words):
         run_stage(Job("measure", "measure", tmp_path, {}, {"measure": measure}))
+
+
+def test_a_task_that_the_tokenizer_cannot_express_is_no_failure(place, base, rows):
+    config = load_sweep([*base, "name=all", "arms.good=[]", "seeds=[0,1]", "tasks=[ioi]"])
+    point = expand(config)[0]
+    (job,) = (job for job in jobs(config, point) if job.stage == "prune")
+    job.write(result=run_stage(job), seconds=1.0)
+    assert job.record()["result"]["reached"] is False, "it counts as done, though nothing was made"
+    (row,) = point_rows(config, point, recorded(config, point))
+    assert (row["error"], row["full_model_loss_calibrated"], row["circuit"]) == (None, None, "node_masks")
+    assert "must be one token" in row["why"]
 
 
 def test_the_columns_that_no_measure_may_take_are_those_of_rows(rows):

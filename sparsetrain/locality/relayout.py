@@ -57,16 +57,6 @@ def sweep(edges: Edges, layout: Layout, rng: np.random.Generator) -> Layout:
     return layout
 
 
-def swap_gains(cost: Cost, layout: Layout, name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """By how much the cost falls if nodes a (N,) of a class change places with nodes b (N,), each pair by itself.
-
-    The gains of pairs that have no node in common add up.
-    """
-    places = layout.coordinates(name)
-    now = cost.at(a, places[a]) + cost.at(b, places[b])
-    return now - cost.at(a, places[b]) - cost.at(b, places[a])
-
-
 def _swap_nodes(cost: Cost, layout: Layout, name: str, rng: np.random.Generator) -> np.ndarray:
     """The slots of a class's nodes after swaps within it, within heads where it has heads."""
     c, places = layout.plan.classes[name], layout.plan.slots(name)

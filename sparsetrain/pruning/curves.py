@@ -1,14 +1,13 @@
-"""How good a ranking or a circuit is: faithfulness by size, and beside known circuits, other circuits, single edges."""
+"""How good a ranking or a circuit is: faithfulness by size, and beside known circuits."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from sparsetrain.pruning.edges import Batch, EdgeGraph, EdgeSet, flat, mean_metric, n_edges, top_edges, unflat
+from sparsetrain.pruning.edges import Batch, EdgeGraph, EdgeSet, flat, mean_metric, n_edges, top_edges
 from sparsetrain.pruning.objective import Metric
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -109,23 +108,6 @@ def compare(graph: EdgeGraph, found: EdgeSet, known: EdgeSet) -> dict[str, float
         "exact": float(torch.equal(ours, theirs)),
         "overlap": both / max(1, int((ours | theirs).sum())),
     }
-
-
-def overlaps(graph: EdgeGraph, circuits: Mapping[str, EdgeSet]) -> dict[tuple[str, str], float]:
-    """The intersection over union of each two circuits, of tasks or of seeds."""
-    return {(a, b): compare(graph, circuits[a], circuits[b])["overlap"] for a, b in combinations(circuits, 2)}
-
-
-def edge_effects(graph: EdgeGraph, prompts: Sequence[Batch], circuit: EdgeSet, metric: Metric) -> EdgeSet:
-    """Minimality: how much the metric of a circuit falls when one more of its edges is cut; zero outside it."""
-    kept = flat(graph, circuit)
-    whole = mean_metric(graph, prompts, circuit, metric)
-    effects = torch.zeros(len(kept), device=kept.device)
-    for edge in kept.nonzero().flatten().tolist():
-        fewer = kept.clone()
-        fewer[edge] = False
-        effects[edge] = whole - mean_metric(graph, prompts, unflat(graph, fewer), metric)
-    return unflat(graph, effects)
 
 
 def _trapezoid(x: Sequence[float], y: Sequence[float] | Tensor) -> float:

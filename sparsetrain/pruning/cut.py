@@ -62,6 +62,10 @@ class Method:
     rank: Callable[[Problem], dict[str, Tensor]]
     by_magnitude: bool = False
 
+    def worth(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What units are kept by: the greatest are kept longest."""
+        return {group: score.abs() for group, score in scores.items()} if self.by_magnitude else scores
+
 
 def find(problem: Problem, method: Method) -> tuple[Cut, dict[str, Tensor], PruneConfig]:
     """The smallest circuit found that reaches the target loss, the scores it was cut by, and the settings used.
@@ -73,7 +77,7 @@ def find(problem: Problem, method: Method) -> tuple[Cut, dict[str, Tensor], Prun
     if config.node_masks.search_trials:
         return _search(problem, method)
     scores = method.rank(problem)
-    ranking = {group: score.abs() for group, score in scores.items()} if method.by_magnitude else scores
+    ranking = method.worth(scores)
     if config.size is not None:
         kept = space.top(ranking, config.size)
         loss, calibration = problem.score(kept)

@@ -44,13 +44,16 @@ def over_training(
             f"{run} must hold checkpoints to prune, got none; train with train.keep_checkpoints higher"
         )
     name = load_task(task).name
+    text = file_hash(Path(task)) if Path(task).suffix == ".jsonl" else None
     rows = []
     for i, at in enumerate(kept, 1):
         log.info("checkpoint %d of %d: %s", i, len(kept), at.name)
         folder = circuit_folder(run, name, config.name or method, at)
-        settings = json.dumps([method, config_to_dict(config), file_hash(at / "model.safetensors")], indent=1)
+        asked = [method, config_to_dict(config), file_hash(at / "model.safetensors"), text]
+        settings = json.dumps(asked, indent=1)
         done = folder.with_name(f".{at.name}-settings.json")
-        if not done.exists() or done.read_text() != settings:
+        if not folder.exists() or not done.exists() or done.read_text() != settings:
+            done.unlink(missing_ok=True)  # first, lest it vouch for what a killed search leaves
             shutil.rmtree(folder, ignore_errors=True)
             prune(run, task, config, method, device, at)
             write_whole(done, settings.encode())

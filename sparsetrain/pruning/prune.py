@@ -165,7 +165,7 @@ def prune(
             _summarise(run, {"task": answer.task, **dataclasses.asdict(answer)})
         return answer
     log.info("measuring %d %s on held-out prompts", n_units(cut.kept), space.units)
-    measures, found = _measured(problem, heldout, cut, ranking)
+    measures, found = _measured(problem, heldout, cut, ranking, method)
     if config.nonsense:
         log.info("the same search for nonsense answers")
         problem = dataclasses.replace(problem, config=used, state=None)
@@ -227,7 +227,7 @@ def _ablation(space: Space, run: Path, run_config: RunConfig, config: PruneConfi
 
 
 def _measured(
-    problem: Problem, heldout: TaskData, cut: Cut, ranking: dict[str, Tensor]
+    problem: Problem, heldout: TaskData, cut: Cut, ranking: dict[str, Tensor], method: str
 ) -> tuple[dict[str, Any], Alternatives | None]:
     """The measures of a circuit; for edges with the curve of its ranking, and the other circuits near it."""
     measures = measure(problem, heldout, cut)
@@ -236,7 +236,7 @@ def _measured(
     measures["curve"] = size_curve(problem, heldout, ranking)
     if not problem.config.alternative_runs or not n_units(cut.kept):
         return measures, None
-    found = look_for_alternatives(problem, cut, ranking)
+    found = look_for_alternatives(problem, cut, METHODS[method].worth(ranking))
     counts = {"n": len(found.circuits), "n_needed": n_units(found.needed), "complete": found.complete}
     return measures | {"alternatives": counts}, found
 
@@ -286,7 +286,7 @@ def look_for_alternatives(problem: Problem, cut: Cut, ranking: EdgeSet) -> Alter
     one answer throughout loses nothing when all is cut.
     """
     space, config = problem.space, problem.config
-    near = space.top({group: scores.abs() for group, scores in ranking.items()}, 2 * n_units(cut.kept))
+    near = space.top(ranking, 2 * n_units(cut.kept))
     edges = {group: kept | cut.kept[group] for group, kept in near.items()}
     some = problem.data.take(slice(0, ORDER_PROMPTS))
     prompts = list(batches(space.of, some, problem.ablation))

@@ -75,7 +75,7 @@ class NodeSpace:
         return evaluate.all_answer_logits(self.model, data, kept, ablation)
 
     def top(self, ranking: dict[str, Tensor], n: int) -> Units:
-        """One more where a tied pair straddles the cut; ties of rank go to earlier sites."""
+        """Ties of rank go to earlier sites; more than n where only one of a tied pair is among them."""
         flat = torch.cat(list(ranking.values()))
         chosen = torch.zeros_like(flat, dtype=torch.bool)
         chosen[flat.argsort(descending=True, stable=True)[:n]] = True

@@ -1,6 +1,7 @@
 """What is left of a sweep, and how long it may take: from points that are done, or else from a few timed steps."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
 from statistics import fmean
 
 from sparsetrain.config import RunConfig
@@ -102,42 +103,45 @@ def plan_text(
             f"  {_cell_name(of[0]):{width}}  {n_left} of {len(of)} left, {duration(one.train_seconds)} each, "
             f"{_memory(one.peak_bytes)} ({one.source})"
         )
-    if n_more := _n_draws_to_come(config, points) * len(config.options.seeds):
+    if n_more := _n_draws_to_come(config) * len(config.options.seeds):
         lines.append(f"  up to {n_more} points more, whose draws follow from what these give")
-    known = [expected[point.id].train_left for point in left]
-    seconds = None if None in known else sum(known) * (1 + n_more / max(1, len(known)))
-    lines.append(f"training: about {duration(seconds)}; {_pruning(config, left, expected)}")
-    return "\n".join([*lines, _wall_time(config, left, n_more, expected, engine)])
+    whole = [replace(one, trained=False, n_pruned=0) for one in expected.values()]  # draws to come are as those before
+    to_come = [*(expected[point.id] for point in left), *islice(cycle(whole), n_more)]
+    training = [one.train_left for one in to_come]
+    seconds = None if None in training else sum(training)
+    lines.append(f"training: about {duration(seconds)}; {_pruning(config, to_come)}")
+    return "\n".join([*lines, _wall_time(config, to_come, engine)])
 
 
-def _n_draws_to_come(config: Sweep, points: list[Point]) -> int:
+def _n_draws_to_come(config: Sweep) -> int:
     return config.options.n_samples - len(known_draws(config)) if config.options.adaptive else 0
 
 
-def _wall_time(config: Sweep, left: list[Point], n_more: int, expected: dict[str, Estimate], engine: Engine) -> str:
+def _wall_time(config: Sweep, to_come: list[Estimate], engine: Engine) -> str:
     """The engine, how many points it runs at once, and how long all that is left takes then."""
     options = config.options.engine
     asked = [f"{options.cpus} CPUs", f"{options.gpus:g} GPUs" * bool(options.gpus)]
     asked += [f"{options.memory:g} GiB"] if options.memory else []
     each = f", each with {', '.join(filter(None, asked))}" if options.kind != "serial" else ""
     rooms = "as many points at once as there is room for" if engine.at_once is None else f"{engine.at_once} at once"
-    known = [expected[point.id] for point in left]
-    if not known or engine.at_once is None or any(one.train_left is None for one in known):
+    if not to_come or engine.at_once is None or any(one.train_left is None for one in to_come):
         return f"engine: {engine.words}; {rooms}{each}; how long it takes is not known yet"
-    longest, mean = max(one.seconds for one in known), fmean(one.seconds for one in known)
-    seconds = max(longest, mean * (len(known) + n_more) / engine.at_once)
-    without = ", pruning not counted" if config.options.tasks and known[0].task_seconds is None else ""
+    taken = [one.seconds for one in to_come]
+    seconds = max(max(taken), sum(taken) / engine.at_once)
+    without = ", pruning not counted" if config.options.tasks and to_come[0].task_seconds is None else ""
     return f"engine: {engine.words}; {rooms}{each}; about {duration(seconds)} in all{without}"
 
 
-def _pruning(config: Sweep, left: list[Point], expected: dict[str, Estimate]) -> str:
+def _pruning(config: Sweep, to_come: list[Estimate]) -> str:
     if not config.options.tasks:
         return "no task is pruned"
-    some = next(iter(expected.values()))
+    if not to_come:
+        return "nothing is left to prune"
+    some = to_come[0]
     if some.task_seconds is None:
         return "how long pruning takes is not known before a task was pruned"
     tasks = f"{some.n_tasks:.3g} tasks a point, {duration(some.task_seconds)} each as those before"
-    n_left = sum(expected[point.id].tasks_left for point in left)
+    n_left = sum(one.tasks_left for one in to_come)
     return f"pruning: about {duration(some.task_seconds * n_left)} ({tasks})"
 
 

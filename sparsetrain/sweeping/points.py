@@ -17,11 +17,11 @@ from sparsetrain.sweeping.sweep_config import Sweep, read_leaves
 
 RESERVED = {"run.seed": "use seeds", "run.name": "it follows from the point", "run.out": "it is the sweep's folder"}
 DENSE = {
-    "sparsity.density": 1, "sparsity.embedding_density": 1, "sparsity.gradient": "dense",
+    "sparsity.density": 1, "sparsity.embedding_density": 1, "sparsity.gradient": "dense", "locality.pressure": "none",
     **{f"model.abs_topk.{site}": 1 for site in
        ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")},
 }  # fmt: skip
-SPARSE_SECTIONS = ("sparsity.", "model.abs_topk.")
+SPARSE_SECTIONS = ("sparsity.", "model.abs_topk.", "locality.")
 LONGEST_ID = 100
 
 

@@ -48,9 +48,8 @@ class Job:
         found = read_records(self.file).get(self.name, {})
         if found.get("asked") != json.loads(json.dumps(self.asked)):
             return {}
-        if "result" in found and self.makes and not any((self.folder / name).exists() for name in self.makes):
-            return {}
-        return found
+        gone = self.makes and not any((self.folder / name).exists() for name in self.makes)
+        return {} if gone and "result" in found and not is_impossible(found["result"]) else found
 
     def write(self, **outcome: Any) -> None:
         """Record the job's `result`, or its `error`.
@@ -90,10 +89,14 @@ def jobs(sweep: Sweep, point: Point) -> Iterator[Job]:
     yield Job("train", "train", point.folder, point.identity, run, ("model",))
     if ALL in sweep.options.tasks:
         yield abilities(sweep, point, run)
-    yield from prunings(sweep, point, run)
+    circuits = []
+    for pruning in prunings(sweep, point, run):
+        yield pruning
+        circuits.append([pruning.name, pruning.asked, "result" in pruning.record()])
     for measure in sweep.options.measures:
-        where = measure.replace(":", ".")
-        yield Job(f"measure-{where}", "measure", point.folder, {"measure": measure}, {**run, "measure": measure})
+        asked = {"measure": measure, "circuits": hashlib.sha256(json.dumps(circuits).encode()).hexdigest()}
+        order = {**run, "measure": measure}
+        yield Job(f"measure-{measure.replace(':', '.')}", "measure", point.folder, asked, order)
 
 
 def abilities(sweep: Sweep, point: Point, run: dict[str, Any]) -> Job:
@@ -121,6 +124,11 @@ def prunings(sweep: Sweep, point: Point, run: dict[str, Any]) -> Iterator[Job]:
 def is_done(score: dict[str, Any], sweep: Sweep) -> bool:
     """Whether a full model does a task as well as its circuit is to do it."""
     return score["loss"] is not None and score["calibrated_loss"] <= sweep.prune.target_loss
+
+
+def is_impossible(result: dict[str, Any]) -> bool:
+    """Whether the outcome of a task is that the tokenizer cannot express it, which says nothing about the model."""
+    return result.get("reached") is False and result.get("full_model_loss_calibrated") is None
 
 
 def digest(task: str) -> str | None:

@@ -23,9 +23,10 @@ def point_rows(sweep: Sweep, point: Point, done: Recorded) -> list[dict[str, Any
 
     Returns:
         For each task that was pruned, that the model does not do, or whose pruning failed, a row; one without a task
-        where there are none. Each has the keys of `first_columns`; train_peak_bytes; `task` and its `reached`; of a
-        task that was pruned what `stages.COPIED` names, `nonsense`, discovery_seconds and discovery_peak_bytes; `why`,
-        where the target was not reached; further measures by their names; `error`, null if there was none.
+        where there are none. Each has the keys of `first_columns`; n_layers; train_peak_bytes; `task` and its
+        `reached`; of a task that was pruned its `method`, the folder's name `circuit`, what `stages.COPIED` names,
+        `nonsense`, discovery_seconds and discovery_peak_bytes; `why`, where the target was not reached; further
+        measures by their names; `error`, null if there was none.
     """
     found = {job.name: (job, record) for job, record in done}
     trained = found["train"][1]
@@ -58,7 +59,9 @@ def _tasks(sweep: Sweep, found: dict) -> Iterator[tuple[str, dict[str, Any], str
     """Each task with its result and its error: those that were pruned, then those that the model does not do."""
     for job, record in found.values():
         if job.stage == "prune" and record:
-            result = {"method": job.order["method"], **record.get("result", {"reached": None})}
+            method = job.order["method"]
+            circuit = {"method": method, "circuit": sweep.prune.name or method}
+            result = circuit | record.get("result", {"reached": None})
             yield job.name.removeprefix("prune-"), result, record.get("error")
     scores = found["abilities"][1].get("result", {}) if "abilities" in found else {}
     for task, score in scores.items():

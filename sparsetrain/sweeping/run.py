@@ -72,11 +72,13 @@ def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> l
         if left or (search and search.n_left):
             with nullcontext(worker) if worker else Worker() as jobs, engine_of(config, jobs) as engine:
                 check_before(config, left or points, jobs)
+                _write_config(config)
                 try:
                     _run(config, points, left, rows, jobs, engine, search, retry)
                 finally:
                     _write(config, rows)
         else:
+            _write_config(config)
             _write(config, rows)
     return [row for of_point in rows.values() for row in of_point]
 
@@ -99,9 +101,12 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def _write_config(config: Sweep) -> None:
+    write_whole(config.options.folder / SWEEP, sweep_to_yaml(config).encode())
+
+
 def _write(config: Sweep, rows: Rows) -> None:
     folder = config.options.folder
-    write_whole(folder / SWEEP, sweep_to_yaml(config).encode())
     write_rows(folder, rows)
     write_whole(folder / "table.md", table([row for of_point in rows.values() for row in of_point]).encode())
 

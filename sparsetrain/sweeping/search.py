@@ -14,6 +14,7 @@ from sparsetrain.config import ConfigError
 from sparsetrain.sweeping.draws import Draw, known_draws, note_draws, rounded
 from sparsetrain.sweeping.engines import required
 from sparsetrain.sweeping.points import Point, expand
+from sparsetrain.sweeping.records import is_impossible
 from sparsetrain.sweeping.sweep_config import Sweep
 
 log = logging.getLogger(__name__)
@@ -149,9 +150,5 @@ def _log_edges(rows: list[Row], most: int) -> float | None:
     if any(row["error"] for row in rows):
         return None
     tasks = [row for row in rows if row["task"]]
-    edges = [row["n_edges"] if row["reached"] else most for row in tasks if row["reached"] or _is_possible(row)]
+    edges = [row["n_edges"] if row["reached"] else most for row in tasks if not is_impossible(row)]
     return fmean(math.log(max(1, n)) for n in edges) if edges else None
-
-
-def _is_possible(row: Row) -> bool:
-    return row["full_model_loss_calibrated"] is not None

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning.measures import score_tasks
 from sparsetrain.pruning.prune import METHODS, Unreached, prune
 from sparsetrain.sweeping.records import Job
-from sparsetrain.tasks import load_task
+from sparsetrain.tasks import InexpressibleTask, load_task
 from sparsetrain.threads import use_faster_count
 from sparsetrain.train import Training, build, pick_device, train, train_step
 
@@ -31,9 +32,9 @@ COPIED = (
     "faithfulness", "n_dangling", "graph", "target_loss", "size",
 )  # fmt: skip
 COLUMNS = {
-    "sweep", "point", "arm", "values", "seed", "n_params", "n_nonzero", "val_loss", "tokens", "train_seconds",
-    "train_peak_bytes", "task", "method", "reached", "why", "nonsense", "discovery_seconds", "discovery_peak_bytes",
-    "error", *COPIED,
+    "sweep", "point", "arm", "values", "seed", "n_layers", "n_params", "n_nonzero", "val_loss", "tokens",
+    "train_seconds", "train_peak_bytes", "task", "method", "circuit", "reached", "why", "nonsense",
+    "discovery_seconds", "discovery_peak_bytes", "error", *COPIED,
 }  # fmt: skip
 
 
@@ -62,6 +63,7 @@ def _train(job: Job) -> dict[str, Any]:
     result = {key: summary[key] for key in ("val_loss", "n_nonzero", "tokens")}
     return {
         **result,
+        "n_layers": config.model.n_layers,
         "n_params": round(summary["n_nonzero"] / summary["density"]),
         "train_seconds": summary["seconds"],
         "train_peak_bytes": None if was_done else peak_bytes(pick_device(config.run.device)),
@@ -78,7 +80,10 @@ def _abilities(job: Job) -> dict[str, Any]:
 
 def _prune(job: Job) -> dict[str, Any]:
     config = config_from_dict(PruneConfig, job.order["prune"])
-    found = prune(job.folder, job.order["task"], config, job.order["method"], _device(job))
+    try:
+        found = prune(job.folder, job.order["task"], config, job.order["method"], _device(job))
+    except InexpressibleTask as error:
+        return {"reached": False, "full_model_loss_calibrated": None, "why": error.reason}
     if isinstance(found, Unreached):
         return {
             "reached": False, "task_loss": found.best_loss, "full_model_loss_calibrated": found.full_model_loss,
@@ -98,8 +103,8 @@ def _measure(job: Job) -> dict[str, Any]:
     name = job.order["measure"]
     found = _function(name)(job.folder)
     plain = isinstance(found, dict) and all(isinstance(x, (int, float, str, NoneType)) for x in found.values())
-    if not plain:
-        raise ConfigError(f"{name} must give numbers (or text, or None) by name, got {found!r:.100}")
+    if not plain or not all(math.isfinite(x) for x in found.values() if isinstance(x, float)):
+        raise ConfigError(f"{name} must give finite numbers (or text, or None) by name, got {found!r:.100}")
     if taken := COLUMNS & found.keys():
         raise ConfigError(f"{name} must give numbers names of their own, got {', '.join(sorted(taken))}, as rows have")
     return found

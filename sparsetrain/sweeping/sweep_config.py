@@ -12,7 +12,7 @@ from sparsetrain.config import ConfigError, config_from_dict, config_to_dict, kn
 from sparsetrain.prune_config import PruneConfig
 from sparsetrain.sweeping.sweep_options import OBJECTIVES, SweepOptions
 from sparsetrain.task_language import LANGUAGE_GENERATORS
-from sparsetrain.task_probing import PROBING_TASKS
+from sparsetrain.task_probing import probing_task
 from sparsetrain.task_prompts import GENERATORS
 
 BUILT_IN = tuple(draw.__name__ for draw in (*GENERATORS, *LANGUAGE_GENERATORS))
@@ -67,6 +67,9 @@ def load_sweep(arguments: Sequence[str]) -> Sweep:
         problems += [*_option_problems(options, samples), *options.engine.problems()]
         if options.adaptive:
             problems += _search_problems(options, [*grid, *list(arms)[1:]])
+        if options.adaptive and not problems:
+            by_arms = _tried(problems, read_leaves, [item for items in arms.values() for item in items]) or {}
+            problems += [f"samples.{key} must not be set by an arm too" for key in by_arms if key in samples]
         if not (grid or arms or samples or problems or len(options.seeds) > 1 or options.dense is not None):
             problems.append("a sweep must vary something, got neither grid, arms, samples nor a second seed")
     if problems:
@@ -164,14 +167,16 @@ def _option_problems(options: SweepOptions, samples: Mapping[str, Any]) -> list[
         found.append(f"seeds must be different numbers of at least 0, at least one, got {options.seeds}")
     if bool(samples) != bool(options.n_samples):
         found.append(f"n_samples must be at least 1 with samples and 0 without, got {options.n_samples}")
-    known = (*BUILT_IN, *PROBING_TASKS, ALL)
+    known = (*BUILT_IN, ALL)
     found += [
         f"tasks must be built-in names, .jsonl files that are there, or all, got {task!r}; `sparsetrain tasks RUN` "
         "lists names"
         for task in options.tasks
-        if task not in known and not (task.endswith(".jsonl") and Path(task).is_file())
+        if task not in known and not probing_task(task) and not (task.endswith(".jsonl") and Path(task).is_file())
     ]
     names = [task_name(task) for task in options.tasks]
+    if ALL in options.tasks:  # a built-in one may be named besides, a file may not have its name
+        names += {*BUILT_IN} - {*options.tasks}
     found += [f"tasks must have different names, got {name} twice" for name in {n for n in names if names.count(n) > 1}]
     found += [f"measures must be written MODULE:FUNCTION, got {m!r}" for m in options.measures if m.count(":") != 1]
     return found

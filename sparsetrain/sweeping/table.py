@@ -39,9 +39,9 @@ def table(rows: Sequence[Row]) -> str:
     return text
 
 
-def mean_and_deviation(values: Iterable[float | None], digits: int = 3) -> str:
-    """As 1.23 +- 0.04, of the values that are there."""
-    there = [value for value in values if value is not None]
+def mean_and_deviation(values: Iterable[Any], digits: int = 3) -> str:
+    """As 1.23 +- 0.04, of the values that are numbers."""
+    there = [value for value in values if isinstance(value, (int, float))]  # a measure may give text now and then
     if not there:
         return ""
     around = f" +- {stdev(there):.{digits}g}" if len(there) > 1 else ""
@@ -105,8 +105,8 @@ def _geometric_mean_edges(rows: list[Row]) -> float | None:
 def _further(rows: Sequence[Row]) -> list[str]:
     """The names of further measures: numbers that are no columns of their own."""
     known = {
-        "sweep", "point", "arm", "values", "seed", "n_params", "n_nonzero", "val_loss", "train_seconds", "tokens",
-        "train_peak_bytes",
+        "sweep", "point", "arm", "values", "seed", "n_layers", "n_params", "n_nonzero", "val_loss", "train_seconds",
+        "tokens", "train_peak_bytes",
     }  # fmt: skip
     found = [
         name for row in rows for name in list(row)[: list(row).index("error")] if isinstance(row[name], (int, float))
