@@ -204,7 +204,12 @@ def test_a_sweep_that_is_refused_leaves_what_an_earlier_one_wrote(place, argumen
 
 @pytest.mark.parametrize(
     "given, words",
-    [("None", "must give numbers .* by name, got None"), ("{'x': [1]}", "got {'x': "), ("{'val_loss': 9}", "val_loss")],
+    [
+        ("None", "must give finite numbers .* by name, got None"),
+        ("{'x': [1]}", "got {'x': "),
+        ("{'x': 1e999}", "got {'x': inf"),
+        ("{'val_loss': 9}", "val_loss"),
+    ],
 )
 def test_a_measure_that_gives_no_numbers_or_takes_a_column_fails(tmp_path, monkeypatch, given, words):
     (tmp_path / "measure_of_mine.py").write_text(f"def mine(run):\n    return {given}\n")
@@ -223,7 +228,7 @@ def test_a_task_that_the_tokenizer_cannot_express_is_no_failure(place, base, row
     assert job.record()["result"]["reached"] is False, "it counts as done, though nothing was made"
     (row,) = point_rows(config, point, recorded(config, point))
     assert (row["error"], row["full_model_loss_calibrated"], row["circuit"]) == (None, None, "node_masks")
-    assert "must be one token" in row["why"]
+    assert "a prompt has" in row["why"]
 
 
 def test_the_columns_that_no_measure_may_take_are_those_of_rows(rows):
