@@ -131,8 +131,17 @@ def test_masks_of_a_size_sum_to_it_and_have_the_published_gradient(size):
 def test_of_several_starts_the_one_is_kept_whose_cuts_lose_least(monkeypatch):
     circuit = known("hist")
     truth = edges.flat(circuit.graph, circuit.edges).float()
-    starts = [-truth, truth, 1 - 2 * truth]
-    monkeypatch.setattr(topk_masks, "train", lambda *_: {"total": starts.pop(0)})
+    starts, begun_with = [-truth, truth, 1 - 2 * truth], []
+
+    def train(state, *_):
+        begun_with.append(state["values"].clone())
+        state["values"] += 1
+        return {"total": starts.pop(0)}
+
+    monkeypatch.setattr(topk_masks, "train", train)
     options = TopkMaskOptions(steps=1, starts=3)
     scores = topk_masks.rank(circuit.graph, circuit.data, circuit.ablation, squared_error, options)
     assert torch.equal(edges.flat(circuit.graph, scores), truth) and not starts
+    spread = truth.std(correction=0)
+    for begun, expected in zip(begun_with, (truth * 0, truth / spread, -truth / spread), strict=True):
+        torch.testing.assert_close(begun, expected, msg="each start begins with the one before upside down")

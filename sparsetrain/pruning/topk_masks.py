@@ -14,6 +14,7 @@ from sparsetrain.tasks import TaskData
 
 N_CUTS = 21  # at which rankings are compared, from all edges to one
 APART = 1_000_003  # between the seeds of two starts
+EVEN = 1e-6  # no smaller deviation of scores tells edges apart
 
 
 def rank(
@@ -43,8 +44,9 @@ def rank(
         StateError: `state` is damaged, or of a training with other settings.
 
     Source: matryoshka attribution (arXiv 2609.25518) and its released trainer.py.
-    Differs: of several starts the one is kept whose circuits, cut at sizes from all edges to one, lose least; some
-    starts close edges of one path together early on, and opening one of them alone then gains nothing.
+    Differs: of several starts the one is kept whose circuits, cut at sizes from all edges to one, lose least. Some
+    starts close edges of one path together early on, and opening one of them alone then gains nothing; so each start
+    after the first begins with the ranking of the one before upside down, in which just those edges are open.
     Sizes are drawn log-uniformly between all edges and a smallest size, which falls to one over the steps.
     From the start on, small sizes break the model, and a broken one tells nothing of what its edges are for.
     Edges are ranked by the mean over the steps in the place of the last scores: sizes below the circuit's own go on
@@ -53,17 +55,18 @@ def rank(
     objective = build_objective(graph, data, ablation, metric)
     if objective is None:
         return like(graph, 0.0)
-    zeros = torch.zeros(n_edges(graph.edges), device=graph.model.unembed.weight.device)
-    rankings = []
+    values = torch.zeros(n_edges(graph.edges), device=graph.model.unembed.weight.device)
+    rankings: list[Tensor] = []
     for i in range(options.starts):
         own = seed + i * APART
         end = train(
-            {**new_state(zeros), "total": torch.zeros_like(zeros)},
+            {**new_state(values), "total": torch.zeros_like(values)},
             lambda s, k, generator: _step(objective, s, k, generator, options), options.steps,
             torch.Generator().manual_seed(own), state and state.with_stem(f"{state.stem}-{i}"),
             about_edges(graph, data, ablation, metric, options, own),
         )  # fmt: skip
         rankings.append(end["total"] / options.steps)
+        values = -rankings[-1] / rankings[-1].std(correction=0).clamp_min(EVEN)
     return unflat(graph, min(rankings, key=lambda scores: _loss_of_cuts(objective, scores, options.batch, seed)))
 
 
