@@ -49,7 +49,7 @@ class TopkMaskOptions:
     batch: int = option(32, "prompts in a step (published: 1)", "prompts", low=1)
     lr: float = option(0.05, "Adam's learning rate of the scores", low=0)
     temperature: float = option(0.5, "width of the sigmoid that makes masks of scores", low=1e-6)
-    starts: int = option(2, "trainings, each from the last one's ranking upside down; the best is kept (published: 1)", low=1)
+    starts: int = option(2, "trainings, each from the last ranking upside down; the best is kept (published: 1)", low=1)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning.prune import prune
 from sparsetrain.sweeping.complete import under_way
 from sparsetrain.sweeping.points import expand
+from sparsetrain.sweeping.progress import Progress
 from sparsetrain.sweeping.records import Job, jobs, recorded
 from sparsetrain.sweeping.rows import point_rows, read_rows
 from sparsetrain.sweeping.run import plan, sweep
@@ -64,9 +65,23 @@ def arguments(base) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def rows(place, arguments, worker):
+def tables():
+    """Whether there was a table when each point of the sweep was over."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def rows(place, arguments, worker, tables):
     """The rows of a sweep of which one arm cannot be trained, and one measure kills its process."""
-    return sweep(load_sweep(arguments), worker=worker)
+
+    def finished(self, *of_a_point):
+        tables.append((place / "sweeps/all/table.md").exists())
+        told(self, *of_a_point)
+
+    told = Progress.finished
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "finished", finished)
+        return sweep(load_sweep(arguments), worker=worker)
 
 
 def good(rows):
@@ -92,6 +107,10 @@ def test_a_row_holds_what_the_run_directory_says(place, arguments, rows):
         assert all(row[key] == circuit[key] for key in ("n_edges", "n_nodes", "task_loss", "completeness_loss", "kl"))
         assert row["discovery_seconds"] > 0 and row["train_peak_bytes"] > 1e8
     assert good(rows)[0]["val_loss"] != good(rows)[1]["val_loss"]
+
+
+def test_a_table_is_there_while_the_sweep_runs(rows, tables):
+    assert tables == [False, True, True, True]
 
 
 def test_failures_are_recorded_with_their_words_and_do_not_stop_the_rest(place, rows):

@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,6 +26,7 @@ from sparsetrain.sweeping.worker import LOCK, Worker
 log = logging.getLogger(__name__)
 
 Rows = dict[str, list[dict[str, Any]]]  # by the point's id
+TABLE_EVERY = 60.0  # seconds at least between two tables while a sweep runs; one of 24,000 rows takes a second
 
 
 def plan(config: Sweep) -> str:
@@ -106,9 +108,13 @@ def _write_config(config: Sweep) -> None:
 
 
 def _write(config: Sweep, rows: Rows) -> None:
-    folder = config.options.folder
-    write_rows(folder, rows)
-    write_whole(folder / "table.md", table([row for of_point in rows.values() for row in of_point]).encode())
+    write_rows(config.options.folder, rows)
+    _write_table(config, rows)
+
+
+def _write_table(config: Sweep, rows: Rows) -> None:
+    text = table([row for of_point in rows.values() for row in of_point])
+    write_whole(config.options.folder / "table.md", text.encode())
 
 
 def _run(
@@ -123,12 +129,16 @@ def _run(
     before = {point.id: seconds(recorded(config, point)) for point in left}
     n_more = search.n_left * len(config.options.seeds) if search else 0
     planned = {point.id: expected[point.id].seconds for point in left}
+    table_due = 0.0
     with Progress(config, len(points) + n_more, n_more, planned, engine.at_once) as progress:
         for over in _points_over(points, left, rows, engine, search, progress):
             done = recorded(config, over.point)
             rows[over.point.id] = point_rows(config, over.point, done)
             progress.finished(over, rows[over.point.id], seconds(done) - before.get(over.point.id, 0))
             write_rows(config.options.folder, rows)
+            if time.monotonic() > table_due:
+                _write_table(config, rows)
+                table_due = time.monotonic() + TABLE_EVERY
 
 
 def _points_over(
