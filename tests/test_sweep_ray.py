@@ -21,7 +21,7 @@ from sparsetrain.sweeping.sweep_config import load_sweep
 from sparsetrain.sweeping.worker import Worker
 
 pytest.importorskip("ray")
-LONGER = ["train.steps=100", "train.checkpoint_every=20", "train.eval_every=50", "run.threads=null"]
+LONGER = ["train.steps=150", "train.checkpoint_every=20", "train.eval_every=50", "run.threads=null"]
 RAY = ["engine.kind=ray", "engine.at_once=2"]
 
 
@@ -39,10 +39,13 @@ def test_points_whose_processes_are_killed_go_on_and_the_rows_are_those_of_the_s
     def kill():
         until(lambda: under_way(first) and under_way(second))
         n_at_once.append(2)
-        until(lambda: half_way(first))
-        os.kill(at_work(first.folder), signal.SIGKILL)  # type: ignore[arg-type]
-        until(lambda: half_way(second))
-        os.kill(parent(parent(at_work(second.folder))), signal.SIGKILL)  # type: ignore[arg-type]  # Ray's own process
+        left = {first.id: first, second.id: second}
+        while left:  # whichever comes first
+            until(lambda: any(map(half_way, left.values())))
+            for point in filter(half_way, list(left.values())):
+                pid: int = at_work(point.folder)  # type: ignore[assignment]
+                os.kill(pid if point is first else parent(parent(pid)), signal.SIGKILL)  # the second: Ray's own process
+                del left[point.id]
 
     killer = threading.Thread(target=kill)
     killer.start()

@@ -195,10 +195,10 @@ def test_ctrl_c_checkpoints_and_the_same_command_goes_on(tiny, tmp_path):
     assert _start(load_config(RunConfig, arguments)).step == step
 
 
-def test_a_finished_run_is_not_trained_again(tiny, tiny_run):
-    before = (tiny_run / "metrics.jsonl").read_text()
-    assert train(load_config(RunConfig, [*tiny, "run.name=shared"])) == tiny_run
-    assert (tiny_run / "metrics.jsonl").read_text() == before
+def test_a_finished_run_is_not_trained_again(tiny, trained):
+    before = (trained / "metrics.jsonl").read_text()
+    assert train(load_config(RunConfig, [*tiny, "run.name=shared"])) == trained
+    assert (trained / "metrics.jsonl").read_text() == before
 
 
 def test_a_resume_with_another_config_lists_every_difference(tiny, tiny_run):
