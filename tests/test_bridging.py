@@ -371,11 +371,12 @@ def test_a_step_never_waits_for_the_device(dense_run, tiny_run):
     assert all(p.grad is not None for p in fitted.parameters())
 
 
-def test_a_fit_takes_its_batches_in_parts(dense_run, tiny_run, tmp_path):
+def test_a_fit_takes_its_batches_in_parts(dense_run, tiny, tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "run")
     sizes = []
     for n_parts in (1, 2):
-        config = fit(tmp_path / "run", dense_run, f"train.accumulate={n_parts}")
+        corpus = [item for item in tiny if item.startswith("data.")]
+        config = fit(tmp_path / "run", dense_run, f"train.accumulate={n_parts}", *corpus)
         sparse = own(tiny_run)
         steps = FitSteps(config, sparse, own(dense_run), torch.device("cpu"), tmp_path / str(n_parts))
         tokens, targets = steps._batch()

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparsetrain import checkpoint
@@ -40,7 +41,7 @@ from sparsetrain.pruning.mib import mib_json
 from sparsetrain.pruning.objective import FLAT, METRICS, Extremes, refuse_flat
 from sparsetrain.pruning.space import EdgeSpace, NodeSpace, Space, Unit, Units, n_units
 from sparsetrain.sparsity import multiply_nonzeros_
-from sparsetrain.tasks import TaskData, encode_task, load_task
+from sparsetrain.tasks import Task, TaskData, encode_task, load_task
 
 T = TypeVar("T")
 
@@ -135,54 +136,82 @@ def prune(
     """
     run = Path(run)
     _refuse(run, config, method)
-    model, tokenizer, run_config = checkpoint.load_run(run, device, at)
-    model.requires_grad_(False)
     chosen = load_task(task)
-    train, heldout = (
-        encode_task(
-            chosen, tokenizer, n, split, config.seed, run_config.model.n_ctx, aligned=config.ablation == "corrupted"
-        ).to(device)
-        for split, n in (("train", config.train_pairs), ("heldout", config.heldout_pairs))
-    )
-    log.info("task %s: %d prompts to learn on, %d held out", chosen.name, len(train), len(heldout))
-    space = make_space(model, config, method)
-    if isinstance(space, NodeSpace):  # edges are masked in the dense weight
-        multiply_nonzeros_(model, BATCH * train.tokens.shape[1])
-    ablation = _ablation(space, run, run_config, config, train)
+    problem, heldout, tokenizer = _problem(run, chosen, config, method, device, at)
     folder = circuit_folder(run, chosen.name, config.name or method, at)
     unfinished = folder.with_name(f".{folder.name}-unfinished")
-    state = unfinished / _digest(method, config, fingerprint(model, train))  # a search with other settings begins anew
+    # A search with other settings begins anew.
+    state = unfinished / _digest(method, config, fingerprint(problem.space.model, problem.data))
     goes_on = state.exists() and any(state.iterdir())
     state.mkdir(parents=True, exist_ok=True)
-    problem = Problem(space, train, ablation, config, state)
+    problem = dataclasses.replace(problem, state=state)
     (cut, ranking, used), cost = _at_cost(torch.device(device), lambda: find(problem, METHODS[method]))
     if goes_on:
         cost["seconds"] = None
-    if not cut.reached:
-        answer = _unreached(chosen.name, folder, problem, heldout, cut)
-        shutil.rmtree(unfinished)
-        if at is None:
-            _summarise(run, {"task": answer.task, **dataclasses.asdict(answer)})
-        return answer
+    if cut.reached:
+        problem = dataclasses.replace(problem, config=used, state=None)
+        settings = {"run": run.name, "task": _task_reference(task), "cost": cost}
+        answer = _save_measured(folder, chosen.name, method, problem, heldout, tokenizer, cut, ranking, settings)
+        newest = {"task": answer.task, "method": method, **answer.measures}
+    else:
+        answer = _save_unreached(folder, chosen.name, problem, heldout, cut)
+        newest = dataclasses.asdict(answer)
+    shutil.rmtree(unfinished)
+    if at is None:
+        _summarise(run, newest)
+    return answer
+
+
+def _problem(
+    run: Path, task: Task, config: PruneConfig, method: str, device: str, at: Path | None
+) -> tuple[Problem, TaskData, Tokenizer]:
+    """What is searched, the held-out prompts, and the run's tokenizer."""
+    model, tokenizer, run_config = checkpoint.load_run(run, device, at)
+    model.requires_grad_(False)
+    train, heldout = (
+        encode_task(
+            task, tokenizer, n, split, config.seed, run_config.model.n_ctx, aligned=config.ablation == "corrupted"
+        ).to(device)
+        for split, n in (("train", config.train_pairs), ("heldout", config.heldout_pairs))
+    )
+    log.info("task %s: %d prompts to learn on, %d held out", task.name, len(train), len(heldout))
+    space = make_space(model, config, method)
+    if isinstance(space, NodeSpace):  # edges are masked in the dense weight
+        multiply_nonzeros_(model, BATCH * train.tokens.shape[1])
+    return Problem(space, train, _ablation(space, run, run_config, config, train), config), heldout, tokenizer
+
+
+def _save_measured(
+    folder: Path, task: str, method: str, problem: Problem, heldout: TaskData, tokenizer: Tokenizer, cut: Cut,
+    ranking: dict[str, Tensor], settings: dict[str, Any],
+) -> Circuit:  # fmt: skip
+    """Measure a circuit on held-out prompts, beside its controls, and save it."""
+    space, config = problem.space, problem.config
     log.info("measuring %d %s on held-out prompts", n_units(cut.kept), space.units)
     measures, found = _measured(problem, heldout, cut, ranking, method)
     if config.nonsense:
         log.info("the same search for nonsense answers")
-        problem = dataclasses.replace(problem, config=used, state=None)
         measures["nonsense"] = nonsense_control(problem, heldout, METHODS[method], tokenizer)
     effects = {space.name(unit): rise for unit, rise in unit_effects(problem, heldout, cut).items()}
-    settings = {"prune": dataclasses.asdict(used), "run": run.name, "model": weights_hash(model),
-                "task": _task_reference(task), "cost": cost}  # fmt: skip
+    settings = {"prune": dataclasses.asdict(config), "model": weights_hash(space.model), **settings}
     circuit = Circuit(
-        chosen.name, method, space.kind, space.nodes(cut.kept), circuit_edges(space, cut.kept, ranking), ablation,
+        task, method, space.kind, space.nodes(cut.kept), circuit_edges(space, cut.kept, ranking), problem.ablation,
         cut.calibration, ranking, effects, measures, settings,
     )  # fmt: skip
     save_circuit(folder, circuit)
     _save_extras(folder, space, cut.kept, ranking, found)
-    shutil.rmtree(unfinished)
-    if at is None:
-        _summarise(run, {"task": circuit.task, "method": method, **circuit.measures})
     return circuit
+
+
+def _save_unreached(folder: Path, task: str, problem: Problem, heldout: TaskData, cut: Cut) -> Unreached:
+    config, model = problem.config, problem.space.model
+    full_logits = full_model_logits(model, heldout)
+    calibration = calibrate(full_model_logits(model, problem.data), problem.data)
+    full_loss = task_score(full_logits, heldout, calibration)[0]
+    answer = Unreached(task, cut.loss, config.target_loss, full_loss, _why(cut, full_loss, config))
+    folder.mkdir(parents=True, exist_ok=True)  # a circuit found earlier, with other settings, stays
+    write_json(folder / "unreached.json", dataclasses.asdict(answer))
+    return answer
 
 
 def _digest(*what: object) -> str:
@@ -327,17 +356,6 @@ def corpus_tokens(run: Path, config: RunConfig, n_tokens: int, device: torch.dev
     n_windows = max(1, n_tokens // config.model.n_ctx)
     tokens = checkpoint.run_corpus(run, config).tokens("train")
     return [x.to(device) for x, _ in evaluation_batches(tokens, -(-n_windows // 32), 32, config.model.n_ctx)]
-
-
-def _unreached(task: str, folder: Path, problem: Problem, heldout: TaskData, cut: Cut) -> Unreached:
-    config, model = problem.config, problem.space.model
-    full_logits = full_model_logits(model, heldout)
-    calibration = calibrate(full_model_logits(model, problem.data), problem.data)
-    full_loss = task_score(full_logits, heldout, calibration)[0]
-    answer = Unreached(task, cut.loss, config.target_loss, full_loss, _why(cut, full_loss, config))
-    folder.mkdir(parents=True, exist_ok=True)  # a circuit found earlier, with other settings, stays
-    write_json(folder / "unreached.json", dataclasses.asdict(answer))
-    return answer
 
 
 def _summarise(run: Path, newest: dict[str, Any]) -> None:
