@@ -1,5 +1,7 @@
 """Train weight-sparse transformers from scratch and read their circuits."""
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +21,12 @@ _PUBLIC = {
     "prune": ("sparsetrain.pruning.prune", "prune"),
     "load_circuit": ("sparsetrain.pruning.circuit", "load_circuit"),
 }
+# Have MKL's products give the same bits whatever the number of threads (Intel's developer guide, conditional numerical
+# reproducibility); it reads this at its first product. Other makers' processors do not need it here, and may be slowed.
+_processors = Path("/proc/cpuinfo")
+if _processors.exists() and "GenuineIntel" in _processors.read_text():
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 __all__ = ["PruneConfig", "RunConfig", "load", "load_circuit", "load_config", "prune", "train"]
 
 

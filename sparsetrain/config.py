@@ -38,7 +38,9 @@ class RunOptions:
     seed: int = option(0, "seed of initialisation and of batch order", low=0)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train; auto takes cuda if there is one")
     dtype: Literal["float32", "bfloat16"] = option("float32", "autocast type; weights stay float32")
-    threads: int | None = option(None, "CPU threads; null: one or all, whichever is faster at the time", low=1)
+    threads: int | None = option(
+        None, "CPU threads; null: one or all, whichever is faster at the time, in bfloat16 all", low=1
+    )
     compile: bool = option(False, "run the model through torch.compile")
     sharded: bool = option(
         False, "under torchrun each process holds a share of every weight (FSDP), for models that do not fit in one; "

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsetrain import memory, parallel
-from sparsetrain.config import TrainOptions
+from sparsetrain.config import RunOptions, TrainOptions
 from sparsetrain.record import Recorder
-from sparsetrain.threads import Threads
+from sparsetrain.threads import Threads, n_cores
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +74,13 @@ class Steps(Protocol):
         ...
 
 
-def run_steps(it: Steps, options: TrainOptions, n_threads: int | None) -> None:
+def run_steps(it: Steps, options: TrainOptions, run: RunOptions) -> None:
     """Step to the end of a training, and evaluate and save on the way.
 
     Args:
         it: what is trained.
         options: when to do what.
-        n_threads: CPU threads, or None to choose while it goes on.
+        run: how many CPU threads, and the type of products.
 
     Raises:
         TrainingError: a loss was not finite.
@@ -88,9 +88,7 @@ def run_steps(it: Steps, options: TrainOptions, n_threads: int | None) -> None:
     """
     if it.device.type == "cpu":
         memory.keep_freed()
-    if it.device.type != "cpu":
-        n_threads = torch.get_num_threads()
-    threads = Threads(n_threads or (1 if parallel.n_ranks() > 1 else None))
+    threads = Threads(_fixed_threads(run, it.device))
     losses = _Losses(it)
     logged_at, seconds_then = it.step, it.seconds
     bar = tqdm(total=options.steps, initial=it.step, unit=" steps", disable=parallel.rank() > 0 or None, smoothing=0.05)
@@ -117,6 +115,18 @@ def run_steps(it: Steps, options: TrainOptions, n_threads: int | None) -> None:
                 it.save()
             if stops and not last:
                 raise Interrupted(f"stopped after step {it.step}; the same command goes on from there")
+
+
+def _fixed_threads(run: RunOptions, device: torch.device) -> int | None:
+    """CPU threads for all steps; None where they are chosen while it goes on.
+
+    They are not in bfloat16: the bits of oneDNN's products depend on their number, on processors with bfloat16 units.
+    """
+    if device.type != "cpu":
+        return torch.get_num_threads()
+    if run.threads or parallel.n_ranks() > 1:
+        return run.threads or 1
+    return n_cores() if run.dtype == "bfloat16" else None
 
 
 def _timed_step(it: Steps, threads: Threads, losses: "_Losses", log_every: int) -> None:

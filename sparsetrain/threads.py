@@ -9,7 +9,8 @@ class Threads:
     """Chooses between one CPU thread and all of them while training, by timing a few steps of each.
 
     A second thread nearly doubles the speed of an idle machine and halves that of a busy one, and which of the two
-    it is changes during a run. The bits do not depend on the choice (a test holds this).
+    it is changes during a run. In float32 the bits do not depend on the choice: a test holds this, and MKL is told so
+    when the package is imported.
 
     Args:
         fixed: a number of threads to keep to, or None to choose.
@@ -57,6 +58,10 @@ def use_faster_count() -> None:
     torch.set_num_threads(min(_candidates(), key=seconds))
 
 
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _candidates() -> list[int]:
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return sorted({1, n_cores})
+    return sorted({1, n_cores()})

@@ -163,7 +163,7 @@ def _train(config: RunConfig, steps_of: Callable[[Training], RunSteps]) -> Path:
     try:
         if steps.step < config.train.steps:
             _describe(config.run_dir, steps.run)
-            run_steps(steps, config.train, config.run.threads)
+            run_steps(steps, config.train, config.run)
         if not parallel.anyone(steps.is_finished()):
             _finish(steps)
     except OSError as error:

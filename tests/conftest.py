@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 MODULES = ("argparse", "ast", "calendar", "csv", "dataclasses", "inspect", "pickle", "shutil", "textwrap", "typing")
+SLOWEST = (
+    "test_sweep_ray", "test_readme", "test_train", "test_compile", "test_triton_topk", "test_bridging", "test_parallel",
+    "test_sweep_slurm", "test_prune", "test_sparse_linear", "test_sweep_run",
+)  # fmt: skip
 QUIET = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -39,6 +43,12 @@ DENSE = [
     "model.bigram=false", "sparsity.density=1", "optim.lr=0.01",
     *(f"model.abs_topk.{site}=1" for site in ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")),
 ]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first, lest one process be left alone with them at the end."""
+    order = {name: i for i, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="module")

@@ -219,8 +219,9 @@ def test_forward_and_backward_are_adjoint(backend):
     y = ops.sparse_linear(x, learnt, backend=backend)
     x_grad, values_grad = torch.autograd.grad(y, (x, learnt.values), grad)
     inner = (y * grad).sum()
-    torch.testing.assert_close((x * x_grad).sum(), inner)
-    torch.testing.assert_close((weight.values * values_grad).sum(), inner)
+    close = {"rtol": 1e-5, "atol": 1e-4}  # hundreds of terms, which cancel
+    torch.testing.assert_close((x * x_grad).sum(), inner, **close)
+    torch.testing.assert_close((weight.values * values_grad).sum(), inner, **close)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -183,7 +183,7 @@ def _fit(config: BridgeConfig, dense: Residuals, device: torch.device) -> Path:
     with ops.using(config.run.kernels):
         steps = FitSteps(config, sparse, dense, device, folder)
         if steps.step < config.train.steps:
-            run_steps(steps, config.train, config.run.threads)
+            run_steps(steps, config.train, config.run)
         if not is_finished(folder):
             _finish(steps.fitting, folder, steps.corpus)
     return folder
