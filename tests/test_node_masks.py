@@ -13,7 +13,7 @@ from sparsetrain.pruning import evaluate, graph, mask_training, node_masks
 from sparsetrain.pruning.ablation import Ablation, build_ablation, site_reader
 from sparsetrain.pruning.cut import Problem, find, smallest
 from sparsetrain.pruning.measures import measure
-from sparsetrain.pruning.prune import METHODS
+from sparsetrain.pruning.methods import METHODS
 from sparsetrain.pruning.space import NodeSpace
 from sparsetrain.tasks import TaskData
 

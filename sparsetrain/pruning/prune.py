@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -26,17 +25,17 @@ from sparsetrain.files import write_json
 from sparsetrain.machine import peak_bytes, reset_peak
 from sparsetrain.model import Transformer
 from sparsetrain.prune_config import PruneConfig
-from sparsetrain.pruning import acdc, attribution, edge_masks, node_masks, topk_masks
 from sparsetrain.pruning.ablation import BATCH, OF_CORPUS, Ablation, build_ablation, refuse_without_corpus
 from sparsetrain.pruning.alternatives import Alternatives, alternatives
 from sparsetrain.pruning.channel_edges import ChannelGraph
 from sparsetrain.pruning.circuit import Circuit, Edge, list_edges, save_circuit
 from sparsetrain.pruning.component_graph import ComponentGraph
-from sparsetrain.pruning.cut import ORDER_PROMPTS, Cut, Method, Problem, effects, find
+from sparsetrain.pruning.cut import ORDER_PROMPTS, Cut, Problem, effects, find
 from sparsetrain.pruning.edges import EdgeSet, batches, edge_names, fingerprint, mean_metric, weights_hash
 from sparsetrain.pruning.evaluate import calibrate, task_losses, task_score
 from sparsetrain.pruning.graph import wires
 from sparsetrain.pruning.measures import full_model_logits, measure, nonsense_control, size_curve
+from sparsetrain.pruning.methods import METHODS
 from sparsetrain.pruning.mib import mib_json
 from sparsetrain.pruning.objective import FLAT, METRICS, Extremes, refuse_flat
 from sparsetrain.pruning.space import EdgeSpace, NodeSpace, Space, Unit, Units, n_units
@@ -49,50 +48,6 @@ log = logging.getLogger(__name__)
 
 ALTERNATIVE_TOLERANCE = 0.05  # nats that the loss may rise in another minimal circuit
 SPARSE = 0.5  # with a smaller share of nonzero weights a model's own graph is that of its channels
-
-
-def _state_file(problem: Problem, name: str) -> Path | None:
-    return None if problem.state is None else problem.state / name
-
-
-def _node_masks(problem: Problem) -> dict[str, Tensor]:
-    config = problem.config
-    log.info("learning masks, %d steps", config.node_masks.steps)
-    return node_masks.rank_nodes(
-        problem.space.model, problem.data, problem.ablation, config.node_masks, config.tie_qk, config.seed,
-        _state_file(problem, "node_masks.safetensors"),
-    )  # fmt: skip
-
-
-def _attribution(problem: Problem) -> dict[str, Tensor]:
-    config = problem.config
-    log.info("scoring %d edges by %s", n_units(problem.space.everything), config.attribution.estimator)
-    return attribution.rank(
-        problem.space.of, problem.data, problem.ablation, METRICS[config.metric], config.attribution, config.seed
-    )
-
-
-def _edge_ranking(module: ModuleType, name: str, options: str, suffix: str) -> Method:
-    """A method of edges that is long enough to keep its state."""
-
-    def rank(problem: Problem) -> EdgeSet:
-        config = problem.config
-        log.info("ranking %d edges by %s", n_units(problem.space.everything), name)
-        return module.rank(
-            problem.space.of, problem.data, problem.ablation, METRICS[config.metric], getattr(config, options),
-            config.seed, _state_file(problem, f"{name}.{suffix}"),
-        )  # fmt: skip
-
-    return Method(rank)
-
-
-METHODS = {
-    "node_masks": Method(_node_masks),
-    "edge_masks": _edge_ranking(edge_masks, "edge_masks", "edge_masks", "safetensors"),
-    "topk_masks": _edge_ranking(topk_masks, "topk_masks", "topk_masks", "safetensors"),
-    "attribution": Method(_attribution, by_magnitude=True),
-    "acdc": _edge_ranking(acdc, "acdc", "acdc", "json"),
-}
 
 
 @dataclass(frozen=True)

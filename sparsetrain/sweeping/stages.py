@@ -18,7 +18,8 @@ from sparsetrain.kernels import ops
 from sparsetrain.machine import peak_bytes
 from sparsetrain.prune_config import PruneConfig
 from sparsetrain.pruning.measures import score_tasks
-from sparsetrain.pruning.prune import METHODS, Unreached, prune
+from sparsetrain.pruning.methods import METHODS
+from sparsetrain.pruning.prune import Unreached, prune
 from sparsetrain.sweeping.records import Job
 from sparsetrain.tasks import InexpressibleTask, load_task
 from sparsetrain.threads import use_faster_count
