@@ -11,6 +11,7 @@ from sparsetrain.bench import made_circuits
 from sparsetrain.pruning import cut as cutting
 from sparsetrain.pruning.component_graph import ComponentGraph
 from sparsetrain.pruning.edges import flat, n_edges, unflat
+from sparsetrain.pruning.methods import METHODS
 from sparsetrain.pruning.space import EdgeSpace, units
 
 
@@ -125,3 +126,10 @@ def test_dangling_edges_go_if_the_target_holds_without_them(graph, space):
     assert numbers(graph, cut.kept) == wanted
     stays = cutting.smallest(space, scores, needs(graph, *wanted, *dangling), 0.0)
     assert numbers(graph, stays.kept) == sorted(wanted + dangling)
+
+
+def test_scores_are_kept_by_size_where_they_are_effects_and_by_value_elsewhere():
+    scores = {"edges": torch.tensor([-2.0, 1.0])}
+    kept_by = {name: method.worth(scores)["edges"].tolist() for name, method in METHODS.items()}
+    assert kept_by.pop("attribution") == [2, 1]
+    assert all(values == [-2, 1] for values in kept_by.values())

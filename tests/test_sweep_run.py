@@ -134,6 +134,12 @@ def test_the_frontier_writes_the_pages_of_circuits_first(place, rows, tmp_path, 
     assert not (broken / "circuit.html").exists()
     page = whole / "circuit.html"
     assert page.exists() and f'"{page.relative_to(copy)}"' in (copy / "frontier.html").read_text()
+    page.unlink()
+    config = whole.parents[2] / "model/config.yaml"
+    config.write_text(config.read_text().replace("argparse.py", "gone.py"))
+    write_frontier([copy], pages=True)
+    told = capsys.readouterr().err
+    assert f"{whole}: no page: " in told and "gone.py" in told
 
 
 def _touched(place) -> dict[str, int]:
