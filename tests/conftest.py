@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 
 MODULES = ("argparse", "ast", "calendar", "csv", "dataclasses", "inspect", "pickle", "shutil", "textwrap", "typing")
 SLOWEST = (
-    "test_sweep_ray", "test_readme", "test_train", "test_compile", "test_triton_topk", "test_bridging", "test_parallel",
+    "test_readme", "test_train", "test_sweep_ray", "test_compile", "test_triton_topk", "test_bridging", "test_parallel",
     "test_sweep_slurm", "test_prune", "test_sparse_linear", "test_sweep_run",
 )  # fmt: skip
 QUIET = [

@@ -32,7 +32,8 @@ def parent(pid: int) -> int:
 
 def at_work(folder: Path) -> int | None:
     """The process that works on a point: it has the point's lock open."""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    others = (pid for pid in os.listdir("/proc") if pid.isdigit() and int(pid) != os.getpid())  # which may be asking
+    for pid in others:
         with suppress(OSError):
             for file in os.listdir(f"/proc/{pid}/fd"):
                 if os.readlink(f"/proc/{pid}/fd/{file}") == str(folder.resolve() / ".lock"):

@@ -37,7 +37,11 @@ def test_points_whose_processes_are_killed_go_on_and_the_rows_are_those_of_the_s
     n_at_once = []
 
     def kill():
+        until(lambda: at_work(first.folder) or at_work(second.folder))
+        early: int = at_work(first.folder) or at_work(second.folder)  # type: ignore[assignment]
+        os.kill(early, signal.SIGSTOP)  # lest it be done before the other one begins
         until(lambda: under_way(first) and under_way(second))
+        os.kill(early, signal.SIGCONT)
         n_at_once.append(2)
         left = {first.id: first, second.id: second}
         while left:  # whichever comes first
