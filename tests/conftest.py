@@ -151,7 +151,7 @@ def dense_run(tiny) -> Path:
     return train(load_config(RunConfig, [*tiny, *DENSE, "run.name=dense"]))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def rotated_run(dense_run, tmp_path_factory):
     """The dense run's model in another basis of its residual stream, and that basis."""
     from sparsetrain import checkpoint
