@@ -1,7 +1,7 @@
 """A frontier in words: its tables, and what must be said beside them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from sparsetrain.analysis.frontier_data import Setting, Study
@@ -76,12 +76,20 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
 
 
 def _of_circuits(study: Study) -> list[str]:
-    """Circuits whose size says little."""
+    """Circuits whose size says less than it seems to."""
     circuits = [row for model in study.models for row in model.outcomes.values() if row["reached"]]
     none = sum(not row["n_edges"] for row in circuits)
     controls = [(row["n_edges"], row["nonsense"]) for row in circuits if row.get("nonsense")]
     no_smaller = sum(control["reached"] and control["n_edges"] <= n for n, control in controls)
+    heldout = [row["task_loss"] for row in circuits]
     told = []
+    if study.target_loss is not None and heldout and median(heldout) > study.target_loss:
+        above = sum(loss > study.target_loss for loss in heldout)
+        told.append(
+            f"Circuits were cut to {target(study)} on training prompts, and fit these better than others: on held-out "
+            f"prompts {above} of {len(heldout)} are above it, with a median of {median(heldout):.2g} and at most "
+            f"{max(heldout):.2g}. A greater prune.train_pairs or a lower prune.target_loss brings them under it."
+        )
     if none:
         told.append(
             f"{none} of {len(circuits)} circuits have no edge, and are counted as one: what needs none, a bigram table "

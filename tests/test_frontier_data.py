@@ -96,6 +96,18 @@ def test_losses_over_other_windows_are_told(tmp_path):
     assert any("differ in train.batch_size" in told for told in cautions(study, summarise(study), []))
 
 
+def test_circuits_that_fit_their_training_prompts_better_than_others_are_told(tmp_path):
+    def told(name, *losses):
+        rows = model_rows(3.0, dict.fromkeys("abc", 4))
+        rows = [row | {"task_loss": loss} for row, loss in zip(rows, losses, strict=True)]
+        study = read_study([write_rows(tmp_path / name, rows)])
+        return [text for text in cautions(study, summarise(study), []) if "on held-out prompts" in text]
+
+    [text] = told("most", 0.14, 0.2, 0.31)
+    assert "2 of 3 are above it, with a median of 0.2 and at most 0.31" in text
+    assert not told("few", 0.14, 0.15, 0.31)
+
+
 def test_a_model_that_diverged_is_missing(tmp_path):
     study = read_study([write_rows(tmp_path, model_rows(3.0, {"a": 1}), model_rows(math.nan, {"a": 1}, width=2))])
     assert len(study.models) == 1 and study.missing == ["_width-2_seed-0: its held-out loss is nan"]
