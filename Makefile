@@ -5,6 +5,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 TASK ?= single_double_quote
 GPU_TESTS := tests/test_kernels.py tests/test_tiles.py tests/test_sparse_linear.py tests/test_slabs.py tests/test_triton_topk.py
 
+# Packages come without byte code; Python writes it for what is imported, once, and not anew in each of many processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test bench gpu gpu-step lint clean
 
 demo: .venv/installed
