@@ -2,112 +2,37 @@
 
 import logging
 import re
-import sys
-import warnings
-from functools import cache
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, normalizers
+from dense_models import (
+    FAMILIES,
+    KINDS,
+    LAYER_NORMS,
+    PARALLEL,
+    T,
+    V,
+    built,
+    close,
+    ours,
+    random_tokens,
+    theirs,
+    transformers,
+)
+from tokenizers import Tokenizer
 
-from sparsetrain.bridging.dense import OwnModel, load_dense
 from sparsetrain.bridging.directions import read_norm
 from sparsetrain.bridging.hf_hooks import change
 from sparsetrain.bridging.hf_model import HfModel
 from sparsetrain.bridging.residuals import BridgeError, hooked
-from sparsetrain.bridging.same_tokens import same_tokens
-from sparsetrain.checkpoint import CheckpointError
-from sparsetrain.config import ModelOptions
 from sparsetrain.data import train_tokenizer
 from sparsetrain.kernels.reference import is_channel_major
 from sparsetrain.linear import Linear
-from sparsetrain.model import Transformer
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    transformers = pytest.importorskip("transformers")
-
-V, T = 99, 10
-GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": V, "n_positions": 40}
-COMMON = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": V,
-    "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-GROUPED = {**COMMON, "num_key_value_heads": 2}
-FALCON = {k: COMMON[k] for k in COMMON if k not in ("intermediate_size", "max_position_embeddings")}
-# Kind, options, whether attention and MLP read the residual at once.
-FAMILIES = {
-    "gpt2": ("GPT2", GPT2, False),
-    "neox": ("GPTNeoX", COMMON, True),
-    "neox-sequential": ("GPTNeoX", {**COMMON, "use_parallel_residual": False}, False),
-    "llama": ("Llama", GROUPED, False),
-    "qwen2": ("Qwen2", GROUPED, False),
-    "qwen3": ("Qwen3", {**GROUPED, "head_dim": 8}, False),
-    "opt": ("OPT", {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32}, False),
-    "phi": ("Phi", COMMON, True),
-    "gpt-neo": (
-        "GPTNeo",
-        {
-            "hidden_size": 32, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4,
-            "vocab_size": V, "max_position_embeddings": 40, "window_size": 4,
-        },
-        False,
-    ),
-    "mistral": ("Mistral", {**GROUPED, "sliding_window": 4}, False),
-    "gemma2": ("Gemma2", {**GROUPED, "head_dim": 8, "sliding_window": 4}, False),
-    "stablelm": ("StableLm", GROUPED, False),
-    "stablelm-parallel": ("StableLm", {**GROUPED, "use_parallel_residual": True}, True),
-    "falcon": ("Falcon", {**FALCON, "multi_query": True}, True),
-    "falcon-two-norms": ("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, True),
-    "falcon-sequential": ("Falcon", {**FALCON, "parallel_attn": False, "alibi": True, "multi_query": False}, False),
-    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": V}, False),
-    "mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 4}, False),
-    "granite": ("Granite", {**GROUPED, "residual_multiplier": 0.22}, False),
-}  # fmt: skip
-LAYER_NORMS = {"gpt2", "neox", "neox-sequential", "opt", "phi", "gpt-neo", "stablelm", "stablelm-parallel", "bloom",
-               *(name for name in FAMILIES if name.startswith("falcon"))}  # fmt: skip
-PARALLEL = [name for name, (_, _, parallel) in FAMILIES.items() if parallel]
-# One of each kind of block is looked at from all sides; the others prove themselves when they are built.
-KINDS = ("gpt2", "llama", "gemma2", "neox", "phi", "bloom", "mixtral")
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_tokenizer(iter(["for x in y: pass\nwhile x: return True\n" * 9]), 280)
-
-
-def theirs(name: str):
-    """A random model none of whose parameters is as it was at first."""
-    kind, options, _ = FAMILIES[name]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-@cache
-def built(name: str) -> HfModel:
-    """The same behind the interface, for tests that only run it."""
-    return HfModel(theirs(name), train_tokenizer(iter(["nothing"]), 257))
-
-
-def ours(tokenizer, n_layers=2, **options) -> OwnModel:
-    options = {"n_ctx": 16, "d_model": 32, "d_head": 8, **options}
-    model = Transformer(ModelOptions(n_layers=n_layers, **options), V, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return OwnModel(model, tokenizer)
-
-
-def random_tokens(n: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(V, (n, T), generator=torch.Generator().manual_seed(seed))
-
-
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * b.abs().max().item())
 
 
 def spread(model, n_each=2, seed=2):
@@ -423,101 +348,6 @@ def test_no_pass_waits_for_the_device(tokenizer, name, monkeypatch):
     assert model.run(tokens)[0]["final_resid"].shape == (*tokens.shape, model.width)
     model.enter(tokens, entering).sum().backward()
     assert all(x.grad is not None for _, x in entering.values() if len(x))
-
-
-@pytest.fixture
-def folder(tmp_path, tokenizer):
-    """A folder as transformers writes it, with a tokenizer."""
-    theirs("llama").save_pretrained(tmp_path / "theirs")
-    tokenizer.save(str(tmp_path / "theirs" / "tokenizer.json"))
-    return tmp_path / "theirs"
-
-
-def test_a_folder_of_transformers_is_loaded(folder, tokenizer):
-    model = load_dense(folder)
-    tokens = random_tokens(2)
-    close(model.run(tokens)[1], theirs("llama")(tokens).logits.detach())
-    assert model.tokenizer.get_vocab() == tokenizer.get_vocab() and model.n_ctx == 40
-
-
-def test_half_precision_files_are_loaded_as_float32_and_it_is_said(folder, caplog):
-    with caplog.at_level(logging.INFO, "sparsetrain"):
-        load_dense(folder)
-        assert "float32" not in caplog.text
-        theirs("llama").bfloat16().save_pretrained(folder)
-        assert {p.dtype for p in load_dense(folder).model.parameters()} == {torch.float32}
-    assert f"{folder} is in bfloat16; it is loaded as float32" in caplog.text
-
-
-def test_a_run_of_ours_is_loaded_frozen(tiny_run):
-    for source in (tiny_run, tiny_run / "model"):
-        model = load_dense(source)
-        assert isinstance(model, OwnModel) and not any(p.requires_grad for p in model.model.parameters())
-    assert model.vocab_size == 400 and model.n_ctx == 32
-
-
-@pytest.mark.parametrize(
-    ("name", "error", "words"),
-    [
-        ("tokenizer.json", CheckpointError, "must hold tokenizer.json, got none there; transformers' AutoTokenizer"),
-        ("model.safetensors", BridgeError, "must hold a causal language model of Hugging Face in safetensors, got: "),
-        ("config.json", BridgeError, "must hold a causal language model of Hugging Face in safetensors, got: "),
-    ],
-)
-def test_missing_files_are_named(name, error, words, folder):
-    (folder / name).unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"never read")
-    with pytest.raises(error, match=words):
-        load_dense(folder)
-
-
-def test_missing_weights_are_not_drawn_at_random(folder):
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BridgeError, match="must hold all weights of LlamaForCausalLM, got none of model.layers.1.mlp"):
-        load_dense(folder)
-
-
-def test_transformers_is_asked_for_by_its_extra(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(BridgeError, match=r"needs transformers, got .*; pip install 'sparsetrain\[hf\]'"):
-        load_dense(folder)
-
-
-def own_with(tokenizer: Tokenizer, n_logits: int) -> OwnModel:
-    options = ModelOptions(n_layers=1, d_model=8, d_head=8, n_ctx=8)
-    return OwnModel(Transformer(options, n_logits, torch.Generator().manual_seed(0)), tokenizer)
-
-
-def copy_of(tokenizer: Tokenizer) -> Tokenizer:
-    return Tokenizer.from_str(tokenizer.to_str())
-
-
-def test_the_same_tokens_and_their_common_logits(tokenizer):
-    a = own_with(tokenizer, 280)
-    assert same_tokens(a, own_with(copy_of(tokenizer), 280)) == 280
-    assert same_tokens(a, own_with(copy_of(tokenizer), 384)) == 280
-    assert same_tokens(own_with(tokenizer, 288), own_with(copy_of(tokenizer), 384)) == 288
-    with pytest.raises(BridgeError, match="a logit for each of the tokenizer's 280 tokens, got 280 and 279 logits"):
-        same_tokens(a, own_with(copy_of(tokenizer), 279))
-
-
-def test_other_tokens_are_told_apart(tokenizer):
-    a = own_with(tokenizer, 400)
-    added = copy_of(tokenizer)
-    added.add_tokens([AddedToken("whole")])
-    with pytest.raises(BridgeError, match=r"got 280 and 281 tokens, 1 with other ids: 'whole' \(none and 280\)"):
-        same_tokens(a, own_with(added, 400))
-    other = train_tokenizer(iter(["another text altogether, of other words\n" * 9]), 280)
-    with pytest.raises(BridgeError, match=r"280 and 280 tokens, \d+ with other ids: '\S+' \(none and 25\d\), "):
-        same_tokens(a, own_with(other, 400))
-    lower = copy_of(tokenizer)
-    lower.normalizer = normalizers.Lowercase()
-    with pytest.raises(BridgeError, match=r"must encode alike, got \[.*\] and \[.*\] from token 0 of 'Alice"):
-        same_tokens(a, own_with(lower, 400))
 
 
 def test_the_longest_sequence_is_known(tokenizer):

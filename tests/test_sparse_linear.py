@@ -1,15 +1,13 @@
 """The sparse products on every backend: forward and gradients against float64, in every layout and at the edges."""
 
-import functools
 import os
-import shutil
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsetrain.kernels import choice, costs, cpu, native, ops, reference, slabs
+from sparsetrain.kernels import choice, costs, cpu, ops, reference, slabs
 from sparsetrain.kernels.sparse_weight import SparseWeight
 
 CUDA = torch.cuda.is_available()
@@ -258,40 +256,6 @@ def test_the_path_without_a_compiler_equals_float64(monkeypatch):
         monkeypatch.setitem(TOLERANCE, dtype, 2 * TOLERANCE[dtype])  # it rounds the weight too
         assert_equal_to_float64(skewed(24, 17), random((2, 17, 33), dtype).mT, "cpu", dtype)
         assert_equal_to_float64(skewed(24, 17), random((1, 17), dtype), "cpu", dtype)
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 16, 16), (3, 33, 17), (1, 5, 40), (2, 0, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_transpose_is_one(shape, dtype):
-    x = torch.randn(shape).to(dtype)
-    assert torch.equal(cpu.transposed(x), x.mT)
-    assert cpu.transposed(x).is_contiguous()
-
-
-def test_a_compiler_that_fails_is_said_once_and_not_fatal(monkeypatch, caplog, tmp_path):
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert native.library.__wrapped__() is None
-    assert "no such target" in caplog.text
-
-
-def test_a_compiler_of_another_openmp_is_said_once_and_builds_without_threads(monkeypatch, caplog, tmp_path):
-    real = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if real is None:
-        pytest.skip("needs a C compiler")
-    other = tmp_path / "bin" / "cc"
-    other.parent.mkdir()
-    other.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) echo other runtime >&2; exit 1;; esac\nexec {real} "$@"\n')
-    other.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{other.parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    library = functools.cache(native.library.__wrapped__)
-    assert library() is library() is not None
-    (message,) = caplog.messages
-    assert "run on one thread" in message and "other runtime" in message
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
