@@ -1,7 +1,5 @@
 """Train weight-sparse transformers from scratch and read their circuits."""
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,12 +19,6 @@ _PUBLIC = {
     "prune": ("sparsetrain.pruning.prune", "prune"),
     "load_circuit": ("sparsetrain.pruning.circuit", "load_circuit"),
 }
-# Have MKL's products give the same bits whatever the number of threads (Intel's developer guide, conditional numerical
-# reproducibility); it reads this at its first product. Other makers' processors do not need it here, and may be slowed.
-_processors = Path("/proc/cpuinfo")
-if _processors.exists() and "GenuineIntel" in _processors.read_text():
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-
 __all__ = ["PruneConfig", "RunConfig", "load", "load_circuit", "load_config", "prune", "train"]
 
 
@@ -43,3 +35,21 @@ def __getattr__(name: str):
 def __dir__() -> list[str]:
     """What a notebook completes; without it the names that are imported late are not offered."""
     return sorted({*globals(), *__all__})
+
+
+def _keep_bits_of_mkl() -> None:
+    """Have MKL's products give the same bits whatever the number of threads; it reads this at its first product.
+
+    Other makers' processors do not need it here, and may be slowed.
+
+    Source: Intel oneMKL developer guide, conditional numerical reproducibility.
+    """
+    import os
+    from pathlib import Path
+
+    processors = Path("/proc/cpuinfo")
+    if processors.exists() and "GenuineIntel" in processors.read_text():
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+_keep_bits_of_mkl()
