@@ -8,11 +8,12 @@ import numpy as np
 
 from sparsetrain.analysis.frontier_data import Row, Setting, Study
 from sparsetrain.analysis.frontier_means import draw, interval
+from sparsetrain.config import EVERY_SITE
 from sparsetrain.sweeping.points import SPARSE_SECTIONS
 
 SAME_SIZE, SAME_L0 = 1.1, 1.5  # settings whose counts are within this factor share a line
 SIZES = ("model.", "sparsity.density", "sparsity.embedding_density", "data.vocab_size")  # keys that change a count
-NOT_SIZES = ("model.abs_topk.",)
+NOT_SIZES = (EVERY_SITE,)
 DEPTH = "model.n_layers"
 Line = dict[str, Any]
 

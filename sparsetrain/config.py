@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 C = TypeVar("C")
+EVERY_SITE = "model.abs_topk"  # as a key, all shares under it at once
 STRONGEST = 60  # strength x length of the sheet by selection: exp(-60) of a weight is still a float32
 
 
@@ -76,7 +77,9 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class AbsTopKOptions:
-    attn_in: float = option(0.25, "share kept after the norm before attention", "fraction", 0, 1)
+    attn_in: float = option(
+        0.25, "share kept after the norm before attention; model.abs_topk=SHARE sets all eight", "fraction", 0, 1
+    )
     q: float = option(0.25, "share of query channels kept, over all heads together", "fraction", 0, 1)
     k: float = option(0.25, "share of key channels kept, over all heads together", "fraction", 0, 1)
     v: float = option(0.25, "share of value channels kept, over all heads together", "fraction", 0, 1)
@@ -373,8 +376,15 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _flatten(value, f"{prefix}{key}.")
+        elif f"{prefix}{key}" == EVERY_SITE and not isinstance(value, Mapping):
+            yield from every_site(value).items()
         else:
             yield f"{prefix}{key}", value
+
+
+def every_site(share: Any) -> dict[str, Any]:
+    """One share for all sites of AbsTopK, by their keys."""
+    return {f"{EVERY_SITE}.{f.name}": share for f in fields(AbsTopKOptions)}
 
 
 def _build(kind: type[C], leaves: Mapping[str, Any]) -> C:

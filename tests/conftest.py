@@ -39,10 +39,7 @@ TINY = (
     "train.checkpoint_every=10", "train.histogram_every=10",
 )  # fmt: skip
 
-DENSE = [
-    "model.bigram=false", "sparsity.density=1", "optim.lr=0.01",
-    *(f"model.abs_topk.{site}=1" for site in ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")),
-]  # fmt: skip
+DENSE = ["model.bigram=false", "sparsity.density=1", "optim.lr=0.01", "model.abs_topk=1"]
 
 
 def pytest_collection_modifyitems(items):

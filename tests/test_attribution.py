@@ -14,14 +14,13 @@ from sparsetrain.pruning.channel_edges import ChannelGraph
 from sparsetrain.pruning.component_graph import ComponentGraph
 from sparsetrain.tasks import TaskData
 
-TOPK = ["attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out"]
-DENSE = [f"model.abs_topk.{site}=1" for site in TOPK]
+DENSE = ["model.abs_topk=1"]
 LEARNED = ["model.positions=learned", "model.bigram=false", "model.sink=false"]
 MODELS = {
     "sparse": ["model.positions=concat", "model.d_pos=4", "model.norm=rms"],
     "layer": ["model.norm=layer", "model.activation=gelu_tanh", *LEARNED, *DENSE],
     "bare": ["model.norm=none", "model.activation=relu", *LEARNED, *DENSE],
-    "split": ["model.norm=rms", *LEARNED, *(f"model.abs_topk.{site}=0.5" for site in TOPK)],
+    "split": ["model.norm=rms", *LEARNED, "model.abs_topk=0.5"],
 }
 KINDS = ["zero", "mean_data", "mean_task", "mean_position", "resample", "corrupted"]
 

@@ -19,7 +19,7 @@ from sparsetrain.model import Transformer
 from sparsetrain.tasks import TaskData
 
 V, T, D = 40, 9, 16
-ALL = AbsTopKOptions(**dict.fromkeys(("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out"), 1.0))
+ALL = AbsTopKOptions(*[1.0] * 8)
 READS = ("blocks.0.attn_in", "blocks.0.mlp_in", "blocks.1.attn_in", "blocks.1.mlp_in")
 
 

@@ -27,6 +27,13 @@ def test_files_and_overrides_apply_in_order(tmp_path):
     assert config.data.paths == ["a", "b"]
 
 
+def test_one_share_for_all_sites_applies_in_order_too(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("model: {abs_topk: 0.5}\n")
+    shares = vars(load_config(RunConfig, ["model.abs_topk.q=0.1", str(file), "model.abs_topk.k=0.75"]).model.abs_topk)
+    assert {site: share for site, share in shares.items() if share != 0.5} == {"k": 0.75} and len(shares) == 8
+
+
 @pytest.mark.parametrize("kind", [RunConfig, PruneConfig])
 def test_yaml_and_dict_read_back_to_the_same_config(kind, tmp_path):
     config = load_config(kind, ["run.seed=3"] if kind is RunConfig else ["seed=3"])

@@ -15,8 +15,7 @@ from sparsetrain.tasks import TaskData, TaskError
 
 SMALL = ["model.n_layers=2", "model.d_model=16", "model.d_head=4", "model.n_ctx=12", "sparsity.density=1"]
 GPT2 = ["model.norm=layer", "model.activation=gelu_tanh", "model.positions=learned", "model.bigram=false",
-        "model.sink=false", *(f"model.abs_topk.{site}=1" for site in
-                              ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out"))]  # fmt: skip
+        "model.sink=false", "model.abs_topk=1"]  # fmt: skip
 MODELS = {"sparse": ["model.positions=concat", "model.d_pos=4"], "gpt2": GPT2}
 KINDS = ["zero", "mean_data", "mean_task", "mean_position", "resample", "corrupted"]
 

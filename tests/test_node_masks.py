@@ -17,7 +17,6 @@ from sparsetrain.pruning.methods import METHODS
 from sparsetrain.pruning.space import NodeSpace
 from sparsetrain.tasks import TaskData
 
-OFF = [f"model.abs_topk.{s}=1" for s in ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")]
 METHOD = METHODS["node_masks"]
 RANK = METHOD.rank
 QUICK = ["node_masks.steps=30", "node_masks.batch_pairs=8"]
@@ -30,7 +29,7 @@ def model() -> Transformer:
     options = load_config(
         RunConfig,
         ["model.n_layers=1", "model.d_model=8", "model.d_head=4", "model.mlp_ratio=1", "model.n_ctx=8",
-         "model.activation=relu", "model.bigram=false", "model.sink=false", "sparsity.density=1", *OFF],
+         "model.activation=relu", "model.bigram=false", "model.sink=false", "sparsity.density=1", "model.abs_topk=1"],
     ).model  # fmt: skip
     g = torch.Generator().manual_seed(0)
     model = Transformer(options, 9)

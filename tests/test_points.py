@@ -55,12 +55,24 @@ def test_dense_baselines_have_the_width_and_depth_of_their_arms_and_settings_of_
     assert [p.config.model.d_model for p in dense] == [32, 64]
     for config in (p.config for p in dense):
         assert (config.model.n_layers, config.sparsity.density, config.optim.lr) == (3, 1, 0.01)
-        assert (
-            config.model.abs_topk
-            == load_config(
-                RunConfig, [f"model.abs_topk.{site}=1" for site in vars(config.model.abs_topk)]
-            ).model.abs_topk
-        )
+        assert config.model.abs_topk == load_config(RunConfig, ["model.abs_topk=1"]).model.abs_topk
+
+
+def test_arms_that_differ_in_what_makes_them_sparse_share_their_dense_baselines():
+    found = expanded("grid.model.d_model=[32,64]", "arms.plain=[]", "arms.local=[locality.pressure=proximal]",
+                     "arms.deep=[model.n_layers=3]", "dense=[]")  # fmt: skip
+    assert [p.arm for p in found] == [arm for arm in ("plain", "plain-dense", "local", "deep", "deep-dense")
+                                      for _ in range(2)]  # fmt: skip
+
+
+def test_the_share_of_all_sites_is_varied_as_one_key():
+    found = expanded("grid.model.abs_topk=[0.5,0.25]", "arms.a=[]", "arms.one=[model.abs_topk=1]", "dense=[]")
+    told = [(p.arm, p.values, *{*vars(p.config.model.abs_topk).values()}) for p in found]
+    assert told == [("a", {"model.abs_topk": 0.5}, 0.5), ("a", {"model.abs_topk": 0.25}, 0.25),
+                    ("a-dense", {"model.abs_topk": 1.0}, 1.0), ("one", {"model.abs_topk": 1.0}, 1.0)]  # fmt: skip
+    assert found[0].id.startswith("a_abs_topk-0.5_seed-0_")
+    [drawn] = expanded("samples.model.abs_topk=[uniform,0.2,0.4]", "n_samples=1")
+    assert {*vars(drawn.config.model.abs_topk).values()} == {drawn.values["model.abs_topk"]}
 
 
 def test_samples_are_drawn_from_their_seed_and_more_of_them_begin_alike():
@@ -70,6 +82,14 @@ def test_samples_are_drawn_from_their_seed_and_more_of_them_begin_alike():
     assert len({p.config.optim.lr for p in five}) == 5
     assert all(1e-3 <= p.config.optim.lr <= 1e-1 and 1 <= p.config.model.n_layers <= 9 for p in five)
     assert expanded(*draw, "n_samples=3", "sample_seed=1")[0].id != three[0].id
+
+
+def test_draws_that_come_again_make_one_point_and_choices_are_of_the_values_given():
+    found = expanded("samples.model.n_layers=[integer,1,3]", "n_samples=10")
+    assert sorted(p.config.model.n_layers for p in found) == [1, 2, 3]
+    found = expanded("samples.model.d_model=[choice,32,64,256]", "samples.sparsity.gradient=[choice,dense,candidates]",
+                     "n_samples=30")  # fmt: skip
+    assert len(found) == 6 == len({(p.config.model.d_model, p.config.sparsity.gradient) for p in found})
 
 
 def test_a_point_is_found_again_however_it_is_written_and_wherever_it_is_computed():
@@ -112,6 +132,12 @@ def test_identity_says_what_is_not_default():
         (["grid.optim.lr=[1,1.0]"], "grid: optim.lr must have different values, got 1.0 twice"),
         (["arms.a b=[]", "arms.a_b=[]"], "two points must not share the directory"),
         (["grid.optim.lr=[1]", "samples.optim.lr=[uniform,0,1]", "n_samples=1"], "samples.optim.lr must not be in the"),
+        (["grid.model.abs_topk=[0.5,2]"], "grid: model.abs_topk.attn_in must be in [0, 1], got 2"),
+        (["grid.model.abs_topk=[0.5]", "grid.model.abs_topk.q=[1]"], "abs_topk.q must not be varied beside model.abs_"),
+        (
+            ["grid.model.abs_topk=[0.5]", "arms.a=[model.abs_topk.q=1]"],
+            "arms.a: model.abs_topk must be set as a whole where it is varied, got its sites at [0.25, 1.0]",
+        ),
     ],
 )
 def test_what_cannot_be_made_is_named(arguments, words):

@@ -14,10 +14,9 @@ from sparsetrain.pruning.ablation import Ablation
 from sparsetrain.pruning.probing_data import ProbeData, check_labels
 from sparsetrain.tasks import TaskData, TaskError
 
-OFF = [f"model.abs_topk.{s}=1" for s in ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")]
 PLAIN = ["model.n_layers=1", "model.d_model=24", "model.d_head=12", "model.mlp_ratio=1", "model.n_ctx=4",
          "model.norm=none", "model.activation=relu", "model.bias=false", "model.bigram=false", "model.sink=false",
-         "sparsity.density=1", *OFF]  # fmt: skip
+         "sparsity.density=1", "model.abs_topk=1"]  # fmt: skip
 U, W, K = 4, 3, 8  # values of the variables u and w, and tokens with the same values
 OPTIONS = ProbingOptions(batch_size=96, epochs=40, lr=0.01, count_penalty=3e-3)
 

@@ -49,7 +49,7 @@ def test_all_problems_are_told_at_once():
     arguments = [
         "grid.model.d_model=64", "grid.sparsity.density=[]", "arms.a.optim.lr=0.1", "arms.b=[[1]]", "sedes=[1]",
         "samples.optim.lr=[uniform,2,1]", "samples.optim.eps=[log_uniform,0,1]",
-        "samples.model.d_model=[integer,1.5,3]",
+        "samples.model.d_model=[integer,1.5,3]", "samples.model.norm=[choice,rms,rms]", "samples.model.bias=[choice]",
     ]  # fmt: skip
     with pytest.raises(ConfigError) as error:
         load_sweep(arguments)
@@ -59,7 +59,8 @@ def test_all_problems_are_told_at_once():
     assert "arms.a.optim.lr must be a list of FILE.yaml and KEY=VALUE, got 0.1; write an arm as NAME:" in told
     assert "arms.b must be a list of FILE.yaml and KEY=VALUE, got [[1]]" in told
     assert "unknown key sedes = [1]; did you mean seeds?" in told
-    assert all(f"samples.{key} must be [uniform|" in told for key in ("optim.lr", "optim.eps", "model.d_model"))
+    assert all(f"samples.{key} must be [uniform|" in told for key in
+               ("optim.lr", "optim.eps", "model.d_model", "model.norm", "model.bias"))  # fmt: skip
 
 
 @pytest.mark.parametrize(

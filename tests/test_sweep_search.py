@@ -42,6 +42,13 @@ def test_draws_come_nearer_to_what_is_best_and_stay_in_their_ranges(lr):
     assert all(1e-3 <= draw["optim.lr"] <= 1e-1 and draw["model.n_layers"] in (1, 2, 3) for draw in drawn)
 
 
+def test_a_choice_is_of_the_values_given():
+    config = searched("search.objective=val_loss", "samples.model.d_model=[choice,32,64,256]")
+    done = [Trial(at_random(config, i), (float(i),), over=True) for i in range(6)]
+    widths = {next_draw(config, done[:i])["model.d_model"] for i in range(6)} | {t.draw["model.d_model"] for t in done}
+    assert widths == {32, 64, 256}
+
+
 def test_a_draw_follows_from_seed_number_and_what_was_found():
     config, other = searched("search.objective=val_loss"), searched("search.objective=val_loss", "sample_seed=1")
     assert best_at(config, 2e-3, 12) == best_at(config, 2e-3, 12)

@@ -16,7 +16,7 @@ from sparsetrain.sweeping.identity import identity, not_default
 from sparsetrain.sweeping.sweep_config import Sweep, read_leaves
 
 DRAWS = "draws.json"
-Draw = dict[str, float]
+Draw = dict[str, Any]
 
 
 def known_draws(sweep: Sweep) -> list[Draw]:
@@ -44,9 +44,12 @@ def at_random(sweep: Sweep, i: int) -> Draw:
     }
 
 
-def _drawn(rng: random.Random, kind: str, low: float, high: float) -> float:
+def _drawn(rng: random.Random, kind: str, *of: Any) -> Any:
+    if kind == "choice":
+        return rng.choice(of)
+    low, high = of
     if kind == "integer":
-        return rng.randint(int(low), int(high))
+        return rng.randint(low, high)
     drawn = rng.uniform(low, high) if kind == "uniform" else math.exp(rng.uniform(math.log(low), math.log(high)))
     return rounded(drawn, low, high)
 

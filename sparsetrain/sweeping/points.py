@@ -10,7 +10,7 @@ from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.config import ConfigError, RunConfig, config_from_dict, known_keys, value_of
+from sparsetrain.config import EVERY_SITE, ConfigError, RunConfig, config_from_dict, every_site, known_keys, value_of
 from sparsetrain.sweeping.draws import Draw, known_draws
 from sparsetrain.sweeping.identity import identity
 from sparsetrain.sweeping.sweep_config import Sweep, read_leaves
@@ -18,11 +18,11 @@ from sparsetrain.sweeping.sweep_config import Sweep, read_leaves
 RESERVED = {"run.seed": "use seeds", "run.name": "it follows from the point", "run.out": "it is the sweep's folder"}
 DENSE = {
     "sparsity.density": 1, "sparsity.embedding_density": 1, "sparsity.gradient": "dense", "locality.pressure": "none",
-    **{f"model.abs_topk.{site}": 1 for site in
-       ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_act", "mlp_out")},
+    **every_site(1),
 }  # fmt: skip
-SPARSE_SECTIONS = ("sparsity.", "model.abs_topk.", "locality.")
+SPARSE_SECTIONS = ("sparsity.", EVERY_SITE, "locality.")
 LONGEST_ID = 100
+Cell = tuple[str, dict[str, Any], RunConfig]  # arm, values and config of a point, but for its seed
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def expand(sweep: Sweep, draws: list[Draw] | None = None) -> list[Point]:
     axes = _typed_axes(sweep, known_draws(sweep) if draws is None else draws, problems)
     arms = list(_arms(sweep, problems))
     _raise(problems)
-    cells = [cell for arm in arms for cell in _cells(sweep, *arm, axes, problems)]
+    cells = list(_all_cells(sweep, arms, axes, problems))
     if sweep.options.adaptive and cells:
         return _different([_point(sweep, *cell, seed) for cell in cells for seed in sweep.options.seeds])
     _raise(problems)
@@ -90,35 +90,42 @@ def _raise(problems: list[str]) -> None:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
 
-def _arms(sweep: Sweep, problems: list[str]) -> Iterator[tuple[str, RunConfig, set[str]]]:
-    """Name, config and own keys of each arm, and of its dense baseline."""
+def _arms(sweep: Sweep, problems: list[str]) -> Iterator[tuple[str, RunConfig, set[str], bool]]:
+    """Name, config and own keys of each arm, and of its dense baseline, and whether it is one."""
     for name, items in (sweep.arms or {"": []}).items():
         try:
             base, own = read_leaves(sweep.options.base), read_leaves(items)
-            yield name, config_from_dict(RunConfig, base | own), set(own)
+            yield name, config_from_dict(RunConfig, base | own), _with_every_site(own), False
             if sweep.options.dense is not None:
                 own |= DENSE | read_leaves(sweep.options.dense)
                 sparse = {key for key in (*sweep.grid, *sweep.samples) if key.startswith(SPARSE_SECTIONS)}
                 dense = config_from_dict(RunConfig, base | own)
-                yield "-".join(filter(None, (name, "dense"))), dense, set(own) | sparse
+                yield "-".join(filter(None, (name, "dense"))), dense, _with_every_site(own) | sparse, True
         except ConfigError as error:
             where = f"arms.{name}: " if name else "base: "
             problems += [where + line for line in str(error).splitlines()]
+
+
+def _with_every_site(keys: Mapping[str, Any]) -> set[str]:
+    """An arm's own keys: with the key for all sites of AbsTopK where it sets one of them."""
+    return {*keys} | ({EVERY_SITE} if any(key.startswith(f"{EVERY_SITE}.") for key in keys) else set())
 
 
 def _typed_axes(sweep: Sweep, draws: list[Draw], problems: list[str]) -> list[list[dict[str, Any]]]:
     """For the grid's keys and for the draws: the settings to choose from, each checked alone."""
     axes = [(f"grid.{key}", [{key: value} for value in values]) for key, values in sweep.grid.items()]
     if sweep.samples:
-        different = {json.dumps(draw): draw for draw in draws}  # a search may come back to one
-        axes.append(("samples", [*different.values()] if sweep.options.adaptive else draws))
+        axes.append(("samples", [*{json.dumps(draw): draw for draw in draws}.values()]))  # a draw may come again
     for key in {*sweep.grid} & {*sweep.samples}:
         problems.append(f"samples.{key} must not be in the grid too")
+    keys = {*sweep.grid, *sweep.samples}
+    if EVERY_SITE in keys:
+        problems += [f"{key} must not be varied beside {EVERY_SITE}" for key in sorted(keys & every_site(0).keys())]
     typed = []
     for name, settings in axes:
         try:
             typed.append([{key: _typed(key, value) for key, value in setting.items()} for setting in settings])
-            twice = [setting for i, setting in enumerate(typed[-1]) if setting in typed[-1][:i]]
+            twice = [s for i, s in enumerate(typed[-1]) if s in typed[-1][:i]] if name != "samples" else []
             problems += [f"grid: {key} must have different values, got {s[key]!r} twice" for s in twice for key in s]
         except ConfigError as error:
             problems += [f"{name.partition('.')[0]}: {line}" for line in str(error).splitlines()]
@@ -130,6 +137,8 @@ def _typed(key: str, value: Any) -> Any:
     known = dict(known_keys(RunConfig))
     if key in RESERVED:
         raise ConfigError(f"{key} must not be varied; {RESERVED[key]}")
+    if key == EVERY_SITE:
+        return _typed(next(iter(every_site(value))), value)
     if key not in known:
         config_from_dict(RunConfig, {key: value})  # says which key is nearest
     kind, inner = known[key].type, {"default": known[key].default, "metadata": known[key].metadata}
@@ -141,12 +150,31 @@ def _typed(key: str, value: Any) -> Any:
     return value_of(config_from_dict(kind, {key: value}), key)
 
 
+def _all_cells(
+    sweep: Sweep, arms: list[tuple[str, RunConfig, set[str], bool]], axes: list[list[dict[str, Any]]],
+    problems: list[str],
+) -> Iterator[Cell]:  # fmt: skip
+    """The combinations of all arms; those that differ only in what makes them sparse share their dense baselines."""
+    baselines = set()
+    for name, base, own, dense in arms:
+        for cell in _cells(sweep, name, base, own, axes, problems):
+            same = json.dumps(identity(cell[2]), sort_keys=True)
+            if not dense or same not in baselines:
+                yield cell
+            if dense:
+                baselines.add(same)
+
+
 def _cells(
     sweep: Sweep, name: str, base: RunConfig, own: set[str], axes: list[list[dict[str, Any]]], problems: list[str]
-) -> Iterator[tuple[str, dict[str, Any], RunConfig]]:
+) -> Iterator[Cell]:
     """Arm, values and config of every combination; an arm's own keys are not crossed."""
     free = [_without(own, settings) for settings in axes]
-    fixed = {key: value_of(base, key) for key in (*sweep.grid, *sweep.samples) if key in own}
+    try:
+        fixed = {key: _fixed(base, key) for key in (*sweep.grid, *sweep.samples) if key in own}
+    except ConfigError as error:
+        problems.append(f"arms.{name}: {error}")
+        return
     for chosen in itertools.product(*(settings for settings in free if settings)):
         values: dict[str, Any] = reduce(dict.__or__, chosen, {})
         config = with_values(base, values)
@@ -155,6 +183,16 @@ def _cells(
             continue
         ordered = {key: ({**fixed, **values})[key] for key in (*sweep.grid, *sweep.samples)}
         yield name, ordered, config
+
+
+def _fixed(base: RunConfig, key: str) -> Any:
+    """An arm's own value of a key that is varied elsewhere."""
+    if key != EVERY_SITE:
+        return value_of(base, key)
+    shares = {value_of(base, site) for site in every_site(0)}
+    if len(shares) > 1:
+        raise ConfigError(f"{key} must be set as a whole where it is varied, got its sites at {sorted(shares)}")
+    return shares.pop()
 
 
 def _without(own: set[str], settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -170,7 +208,8 @@ def _without(own: set[str], settings: list[dict[str, Any]]) -> list[dict[str, An
 def with_values(config: Any, values: Mapping[str, Any]) -> Any:
     """A config with some dotted keys changed."""
     for key, value in values.items():
-        config = _with(config, key.split("."), value)
+        for each, one in (every_site(value) if key == EVERY_SITE else {key: value}).items():
+            config = _with(config, each.split("."), one)
     return config
 
 

@@ -7,6 +7,7 @@ of their points.
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -116,17 +117,20 @@ def next_draw(config: Sweep, trials: list[Trial]) -> Draw:
         study.add_trial(create_trial(state=state, values=trial.values, params=trial.draw, distributions=space))
     drawn = study.ask(space).params
     of = config.samples
-    return {key: value if of[key][0] == "integer" else rounded(value, *of[key][1:]) for key, value in drawn.items()}
+    return {
+        key: value if of[key][0] in ("integer", "choice") else rounded(value, *of[key][1:])
+        for key, value in drawn.items()
+    }
 
 
 def _space(config: Sweep) -> dict[str, Any]:
-    from optuna.distributions import FloatDistribution, IntDistribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    return {
-        key: IntDistribution(int(low), int(high)) if kind == "integer"
-        else FloatDistribution(low, high, log=kind == "log_uniform")
-        for key, (kind, low, high) in config.samples.items()
+    made = {
+        "uniform": FloatDistribution, "log_uniform": partial(FloatDistribution, log=True), "integer": IntDistribution,
+        "choice": lambda *values: CategoricalDistribution(values),
     }  # fmt: skip
+    return {key: made[kind](*of) for key, (kind, *of) in config.samples.items()}
 
 
 def objectives(config: Sweep, rows: list[Row], most: int) -> tuple[float, ...] | None:

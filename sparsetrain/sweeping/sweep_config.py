@@ -18,15 +18,15 @@ from sparsetrain.task_prompts import GENERATORS
 BUILT_IN = tuple(draw.__name__ for draw in (*GENERATORS, *LANGUAGE_GENERATORS))
 ALL = "all"
 SWEEP = "sweep.yaml"  # in the sweep's folder, its config as it was last started
-DRAWS = ("uniform", "log_uniform", "integer")
+DRAWS = ("uniform", "log_uniform", "integer")  # of a range; choice is of values
 VARIED = """
 what is varied; every combination is a point:
   grid.KEY=[VALUE, ...]
-      KEY of a run (see `sparsetrain train --help`), with its values
+      KEY of a run (see `sparsetrain train --help`), with its values; model.abs_topk is all of its sites
   arms.NAME=[FILE.yaml, KEY=VALUE, ...]
       named variants of the base; an arm that sets a KEY of the grid is not crossed with it
-  samples.KEY=[uniform|log_uniform|integer, LOW, HIGH]
-      drawn n_samples times, all keys together"""
+  samples.KEY=[uniform|log_uniform|integer, LOW, HIGH] or [choice, VALUE, ...]
+      drawn n_samples times, all keys together; a draw that comes again makes no second point"""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Sweep:
         options: see SweepOptions.
         grid: values of each key.
         arms: files and overrides of each variant, by name.
-        samples: (kind, low, high) of each key.
+        samples: (kind, low, high) of each key, or ("choice", value, ...).
         prune: how tasks are pruned.
     """
 
     options: SweepOptions
     grid: dict[str, list[Any]]
     arms: dict[str, list[str]]
-    samples: dict[str, tuple[str, float, float]]
+    samples: dict[str, tuple[Any, ...]]
     prune: PruneConfig
 
 
@@ -74,8 +74,7 @@ def load_sweep(arguments: Sequence[str]) -> Sweep:
             problems.append("a sweep must vary something, got neither grid, arms, samples nor a second seed")
     if problems:
         raise ConfigError("\n".join(problems))
-    drawn = {key: (kind, low, high) for key, (kind, low, high) in samples.items()}
-    return Sweep(options, grid, arms, drawn, prune)
+    return Sweep(options, grid, arms, {key: tuple(drawn) for key, drawn in samples.items()}, prune)
 
 
 def read_leaves(arguments: Sequence[str]) -> dict[str, Any]:
@@ -143,13 +142,16 @@ def _arm_problems(arms: Mapping[str, Any]) -> list[str]:
 def _sample_problems(samples: Mapping[str, Any]) -> list[str]:
     return [
         f"samples{'.' * bool(key)}{key} must be [{'|'.join(DRAWS)}, LOW, HIGH] with LOW < HIGH (above 0 for "
-        f"log_uniform), got {drawn!r}"
+        f"log_uniform), or [choice, VALUE, ...] of different values, got {drawn!r}"
         for key, drawn in samples.items()
         if not _is_draw(drawn)
     ]
 
 
 def _is_draw(drawn: Any) -> bool:
+    if isinstance(drawn, list) and drawn[:1] == ["choice"]:
+        plain = all(isinstance(value, (str, int, float)) for value in drawn)  # what Optuna can choose
+        return len(drawn) > 1 and plain and len({*drawn}) == len(drawn)
     if not isinstance(drawn, list) or len(drawn) != 3 or drawn[0] not in DRAWS:
         return False
     kind, low, high = drawn
