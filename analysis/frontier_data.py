@@ -130,7 +130,7 @@ class Study:
 
     Attributes:
         settings: in the order of their rows.
-        tasks: those that all tokenizers can express.
+        tasks: those that some model can be asked; one that cannot, since its context is short, does not reach them.
         left_out: the other ones, with the reason.
         common: the same tasks for all: those of `tasks` that a share of the finished models reach which reach any.
         share: the first of SHARES at which there is such a task.
@@ -172,7 +172,9 @@ def read_study(folders: Sequence[str | Path]) -> Study:
     where = ", ".join(map(str, folders))
     if not models:
         raise FrontierError(f"a sweep must hold a trained model, got none in {where}; run `sparsetrain sweep` first")
-    left_out = {t: r["why"] for m in models for t, r in m.outcomes.items() if is_impossible(r)}
+    outcomes = [(task, row) for model in models for task, row in model.outcomes.items()]
+    possible = {task for task, row in outcomes if not is_impossible(row)}  # in a longer context, say
+    left_out = {task: row["why"] for task, row in outcomes if task not in possible}
     tasks = list(dict.fromkeys(row["task"] for _, row in rows if row["task"] and row["task"] not in left_out))
     if not any(task in model.outcomes for model in models for task in tasks):
         raise FrontierError(f"a frontier must have tasks, got none with an outcome in {where}; name them in `tasks`")

@@ -26,10 +26,11 @@ class Value:
 
     Attributes:
         mean: geometric, of edges; None where it is not defined.
-        interval: 95 %; None with a single seed and a single task.
+        interval: 95 %; None with a single circuit.
         at_least: whether the truth can only be greater, since some task was not reached.
         pareto: whether no other setting has both a lower loss and fewer edges, and none the same loss and fewer; never
-            where some task is not reached, or, with means over other tasks than the common ones, has no outcome yet.
+            without a mean, where it is a bound, or, with means over other tasks than the common ones, where some task
+            has no outcome yet.
     """
 
     mean: float | None = None
@@ -133,10 +134,11 @@ def _value(logs: np.ndarray, drawn: dict[int, np.ndarray], seeds: np.ndarray, at
     Source: Owen 2007, The pigeonhole bootstrap (rows and columns are drawn apart).
     """
     n_seeds, n_tasks = logs.shape
-    if np.isnan(logs).all():
+    n_circuits = np.count_nonzero(~np.isnan(logs))
+    if not n_circuits:
         return Value()
     mean = _over(logs, np.ones((1, n_tasks)), np.ones((1, n_seeds)))[0]
-    if n_tasks not in drawn or (n_tasks == 1 and n_seeds == 1):
+    if n_circuits == 1:
         return Value(float(np.exp(mean)), None, at_least)
     return Value(float(np.exp(mean)), interval(np.exp(_over(logs, drawn[n_tasks], seeds))), at_least)
 

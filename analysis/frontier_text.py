@@ -6,14 +6,9 @@ from typing import Any
 
 from sparsetrain.analysis.frontier_data import Setting, Study
 from sparsetrain.analysis.frontier_means import MEANS, Floor, Value, default_mean
+from sparsetrain.sweeping.rows import WINDOWS
 
 Table = tuple[Sequence[str], list[list[str]]]
-WINDOWS = (
-    "model.n_ctx",
-    "train.batch_size",
-    "train.eval_batches",
-    "train.stride",
-)  # of a held-out loss
 MEANINGS = {
     "common": "The same tasks for every model, so none gains by failing at a hard one. Models that miss one of them "
               "have no such mean; they stand at the picture's upper edge.",
@@ -55,10 +50,9 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
         told.append("One seed of each setting: intervals are over tasks alone, and seeds may differ by more.")
     elif max(seeds) < 5:
         told.append(f"Intervals resample {max(seeds)} seeds of a setting at most, which is few: take them as rough.")
-    varied = {key for setting in study.settings for key in setting.row["values"]} & {*WINDOWS}
-    if varied:
+    if varied := _varied_windows(study):
         told.append(
-            f"The models differ in {', '.join(sorted(varied))}, which held-out losses depend on too: other windows of "
+            f"The models differ in {', '.join(varied)}, which held-out losses depend on too: other windows of "
             "the corpus, or longer ones."
         )
     told += _of_circuits(study)
@@ -73,6 +67,12 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
     if study.missing:
         told.append(f"Not finished: {len(study.missing)} things are missing or failed, listed below.")
     return told
+
+
+def _varied_windows(study: Study) -> list[str]:
+    """The keys of windows that differ; earlier rows hold those alone that a grid varied."""
+    windows = [model.row.get("windows") or model.row["values"] for model in study.models]
+    return [key for key in WINDOWS if len({of[key] for of in windows if key in of}) > 1]
 
 
 def _of_circuits(study: Study) -> list[str]:
@@ -179,7 +179,7 @@ def markdown(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
         parts += ["## Interpretability at equal capability", _table(*factor_table(factors))]
     parts += ["## Tasks", _table(*task_table(study))]
     if study.left_out:
-        parts.append(f"Left out, since a tokenizer cannot express them: {', '.join(study.left_out)}.")
+        parts.append(f"Left out, since none of these models can be asked: {', '.join(study.left_out)}.")
     if study.missing:
         parts += ["## Missing", _listed(study.missing)]
     return "\n\n".join(parts) + "\n"

@@ -71,6 +71,15 @@ def test_a_weak_model_that_narrows_the_tasks_is_told(tmp_path):
     assert "The same tasks for all" not in " ".join(cautions(study, summarise(study), []))
 
 
+def test_a_task_that_is_too_long_for_some_is_not_reached_by_them_and_one_for_all_is_left_out(tmp_path):
+    short = model_rows(4.0, {"a": 1, "long": IMPOSSIBLE, "longer": IMPOSSIBLE}, width=1)
+    able = model_rows(3.0, {"a": 1, "long": 9, "longer": IMPOSSIBLE}, width=2)
+    study = read_study([write_rows(tmp_path, short, able)])
+    assert study.tasks == ["a", "long"] and study.left_out == {"longer": "no such words"}
+    assert [summary["n_reached"] for summary in summarise(study)] == [1, 2]
+    assert [summary["n_asked"] for summary in summarise(study)] == [2, 2]
+
+
 def test_the_same_tasks_for_all_are_those_that_every_able_model_reaches(tmp_path):
     able = model_rows(3.0, {"a": 1, "b": 2, "c": 3}, width=1)
     less = model_rows(3.1, {"a": 1, "b": 2, "c": None}, width=2)
@@ -94,6 +103,9 @@ def test_losses_over_other_windows_are_told(tmp_path):
     models = [model_rows(3.0, {"a": 4}, **{"train.batch_size": n}) for n in (16, 64)]
     study = read_study([write_rows(tmp_path, *models)])
     assert any("differ in train.batch_size" in told for told in cautions(study, summarise(study), []))
+    models = [[row | {"windows": {"model.n_ctx": n}} for row in model_rows(3.0, {"a": 4}, width=n)] for n in (64, 512)]
+    study = read_study([write_rows(tmp_path / "of_the_runs", *models)])
+    assert any("differ in model.n_ctx" in told for told in cautions(study, summarise(study), []))
 
 
 def test_circuits_that_fit_their_training_prompts_better_than_others_are_told(tmp_path):

@@ -46,6 +46,12 @@ def test_intervals_are_over_seeds_and_tasks(study):
     assert unable["means"]["common"].interval is None and unable["loss_interval"] is None  # one task, one seed
 
 
+def test_one_circuit_has_no_interval_whatever_else_was_asked(tmp_path):
+    study = read_study([write_rows(tmp_path, model_rows(3.0, {"a": 40, "b": None, "c": None}))])
+    own = summarise(study)[0]["means"]["own"]
+    assert (own.mean, own.interval) == (pytest.approx(40), None)
+
+
 def test_a_setting_that_is_not_finished_has_no_mean_it_cannot_have(tmp_path):
     folder = write_rows(tmp_path, model_rows(3.0, {"a": 4, "b": 9}, width=1),
                         model_rows(3.0, {"a": 4, "b": OPEN}, width=2))  # fmt: skip

@@ -47,6 +47,33 @@ def test_points_that_are_done_stand_for_their_other_seeds_and_other_machines_are
     assert [timed[point.id].seconds for point in points] == [0.0, 100.0, 7.0, 100.0]  # the first has nothing left
 
 
+def test_steps_are_timed_again_where_only_how_they_are_computed_changes(tmp_path):
+    timing = Timing()
+    for more in ([], [], ["train.accumulate=8"], ["train.accumulate=8", "run.threads=2"]):
+        config = load_sweep([f"out={tmp_path}", f"base={more}".replace("'", ""), "grid.model.d_model=[64]"])
+        estimates(config, expand(config), timing)
+    assert timing.n == 3
+
+
+def test_tasks_are_counted_as_soon_as_it_is_known_what_a_model_does(tmp_path):
+    config = load_sweep([f"out={tmp_path}", "grid.model.d_model=[64,128]", "tasks=[all]"])
+    points = expand(config)
+    train, abilities = jobs(config, points[0])
+    (train.folder / "model").mkdir(parents=True)
+    train.write(result={"train_seconds": 7.0, "train_peak_bytes": None}, seconds=8.0)
+    assert {one.n_tasks for one in estimates(config, points, None).values()} == {None}
+    losses = {"for_while": 0, "ioi": 9, "with_as": 0}
+    abilities.write(result={task: {"loss": 1, "calibrated_loss": loss} for task, loss in losses.items()}, seconds=1.0)
+    found = estimates(config, points, None)
+    assert "how long pruning takes is not known" in plan_text(config, points, points, found, Two())
+    pruned, _ = (job for job in jobs(config, points[0]) if job.stage == "prune")
+    pruned.write(error="died", seconds=30.0)
+    found = estimates(config, points, None)
+    assert [(found[point.id].n_tasks, found[point.id].tasks_left) for point in points] == [(2, 1), (2, 2)]
+    told = plan_text(config, points, points, found, Two())
+    assert "pruning: about 90 s (2 tasks a point, 30 s each as those before)" in told
+
+
 @dataclass
 class Two:
     """An engine that runs two points at once."""

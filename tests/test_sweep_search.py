@@ -89,7 +89,8 @@ def row(task, reached, n_edges=None, calibrated=0.1, error=None, n_nonzero=1000,
     ],
 )
 def test_edges_are_a_geometric_mean_over_tasks_and_a_task_left_out_is_no_gain(rows, edges):
-    assert objectives(searched(), rows, most=5000) == pytest.approx((3.0, math.log(edges)))
+    possible = {row["task"] for row in rows if row["full_model_loss_calibrated"] is not None}
+    assert objectives(searched(), rows, 5000, possible) == pytest.approx((3.0, math.log(edges)))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,18 @@ def test_edges_are_a_geometric_mean_over_tasks_and_a_task_left_out_is_no_gain(ro
     ],
 )
 def test_a_point_that_failed_has_no_value(rows):
-    assert objectives(searched(), rows, most=5000) is None
+    assert objectives(searched(), rows, 5000, {"a"}) is None
+
+
+def test_a_context_that_is_too_short_for_a_task_is_no_gain():
+    config = searched("search.objective=edges")
+    draws = [at_random(config, i) for i in range(2)]
+    points = expand(config, draws)
+    rows = {points[0].id: [row("a", True, 10), row("b", False, calibrated=None)],
+            points[1].id: [row("a", True, 10), row("b", True, 20)]}  # fmt: skip
+    short, long = trials(config, draws, points, rows)
+    assert short.values == pytest.approx([math.log(10 * 1000) / 2])
+    assert long.values == pytest.approx([math.log(10 * 20) / 2])
 
 
 def test_a_trial_is_the_mean_over_its_seeds_once_all_are_over():

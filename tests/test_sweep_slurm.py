@@ -12,6 +12,7 @@ import pytest
 from sweep_processes import QUICK, at_work, facts, family, half_way, resumed_at, until
 
 from sparsetrain.config import ConfigError
+from sparsetrain.sweeping import slurm_engine
 from sparsetrain.sweeping.points import expand
 from sparsetrain.sweeping.run import plan, sweep
 from sparsetrain.sweeping.slurm_engine import Slurm
@@ -51,7 +52,7 @@ def worker(sweep_place):
 
 
 def test_the_script_says_what_a_point_needs(slurm, arguments):
-    needs = ["engine.cpus=4", "engine.gpus=2", "engine.memory=1.5", "engine.partition=long", "engine.sbatch=account=me"]
+    needs = ["engine.cpus=4", "engine.gpus=1", "engine.memory=1.5", "engine.partition=long", "engine.sbatch=account=me"]
     config = load_sweep([*arguments, *SLURM, *needs, "seeds=[0,1,2]", "name=sent"])
     (slurm / "end").write_text("CANCELLED")
     config.options.folder.mkdir(parents=True)
@@ -61,7 +62,7 @@ def test_the_script_says_what_a_point_needs(slurm, arguments):
     lines = script.read_text().splitlines()
     told = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
     assert {
-        "partition=long", "cpus-per-task=4", "gpus-per-node=2", "mem=1536M", "time=30", "array=0-2%2", "account=me",
+        "partition=long", "cpus-per-task=4", "gpus-per-node=1", "mem=1536M", "time=30", "array=0-2%2", "account=me",
         "job-name=sent", "requeue", "signal=USR2@90", "open-mode=append",
     } <= told  # fmt: skip
     assert lines[-1].startswith("srun ") and "submitit.core._submit" in lines[-1]
@@ -108,6 +109,21 @@ def test_a_job_that_slurm_ends_is_a_recorded_failure_and_is_sent_again_with_retr
     (row,) = sweep(config, True, worker)
     (slurm / "disk").unlink()
     assert row["error"].startswith("train: ") and "could not write" in row["error"]
+
+
+def test_no_more_points_run_at_once_than_asked_for_however_many_arrays_there_are(slurm, arguments, monkeypatch):
+    """Arrays begin one after the other, those of a command that is given again after what is still there."""
+    monkeypatch.setattr(slurm_engine, "LONGEST_ARRAY", 2)
+    config = load_sweep([*arguments, *SLURM, "seeds=[0,1,2]", "name=many"])
+    config.options.folder.mkdir(parents=True)
+    (slurm / "end").write_text("CANCELLED")
+    with Slurm(config) as engine:
+        engine.submit(expand(config))
+        first, second = sorted({id.partition("_")[0] for _, id in engine.waiting.values()})
+    waits = [f"--dependency=afterany:{first}\n" in (slurm / f"script-{id}").read_text() for id in (first, second)]
+    assert waits == [False, True]
+    until(lambda: all(file.read_text() == "CANCELLED" for file in slurm.glob(f"state-{second}*")))
+    (slurm / "end").unlink()
 
 
 def test_the_plan_says_the_engine_and_knows_nothing_of_other_machines(slurm, arguments):

@@ -1,6 +1,7 @@
 """Looks, before any run begins, at all that can be wrong with a sweep besides its config."""
 
 import json
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +21,7 @@ def check(config: Sweep, points: list[Point]) -> None:
     """
     problems = []
     engine = config.options.engine
-    if engine.kind != "serial" and not engine.gpus and any(point.config.run.device == "cuda" for point in points):
+    if engine.hides_gpus and any(point.config.run.device == "cuda" for point in points):
         problems.append("engine.gpus must be above 0 where run.device is cuda, got 0")
     for point in points:
         there = _there(point)
@@ -40,9 +41,10 @@ def check_before(config: Sweep, points: list[Point], worker: Worker) -> None:
     options = config.options
     corpora = {json.dumps(asdict(point.config.data)): asdict(point.config.data) for point in points}
     tasks = {task: digest(task) for task in options.tasks if task != ALL}
-    asked = {"tasks": tasks, "method": options.method, "measures": options.measures, "data": list(corpora.values())}
-    job = Job("check", "check", options.folder / "plan", asked, asked)
-    if error := None if "result" in job.record() else worker.run(job):
+    order = {"tasks": tasks, "method": options.method, "measures": options.measures, "data": list(corpora.values())}
+    asked = {"at": time.time()}  # each time anew: files and modules may have changed or gone since
+    job = Job("check", "check", options.folder / "plan", asked, order)
+    if error := worker.run(job):
         raise ConfigError(f"{error.removeprefix('ConfigError: ')} (see {job.folder / LOG})")
 
 

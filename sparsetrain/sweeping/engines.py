@@ -4,7 +4,6 @@ An engine is a context. It takes points and says which are over; whether they ar
 """
 
 import importlib
-import os
 from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Protocol
@@ -91,12 +90,6 @@ def engine_of(config: Sweep, worker: Worker) -> Engine:
     from sparsetrain.sweeping.slurm_engine import Slurm
 
     return Slurm(config)
-
-
-def hide_gpus(config: Sweep) -> None:
-    """Leave the jobs of this process no GPU where a point declares none."""
-    if not config.options.engine.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def required(package: str, who: str) -> ModuleType:

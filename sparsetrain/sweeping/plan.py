@@ -1,5 +1,6 @@
 """What is left of a sweep, and how long it may take: from points that are done, or else from a few timed steps."""
 
+import platform
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from statistics import fmean
@@ -7,8 +8,9 @@ from statistics import fmean
 from sparsetrain.config import RunConfig
 from sparsetrain.sweeping.draws import known_draws
 from sparsetrain.sweeping.engines import Engine
+from sparsetrain.sweeping.identity import not_default
 from sparsetrain.sweeping.points import Point
-from sparsetrain.sweeping.records import Job, recorded
+from sparsetrain.sweeping.records import Job, Recorded, recorded
 from sparsetrain.sweeping.sweep_config import ALL, Sweep
 from sparsetrain.sweeping.worker import Worker
 
@@ -27,7 +29,7 @@ class Estimate:
         peak_bytes: the most memory while training.
         source: what the two rest on.
         task_seconds: pruning one task; None before any was pruned.
-        n_tasks: tasks that are pruned, as far as is known.
+        n_tasks: tasks that are pruned, or a mean over the points of which it is known; None where it is of none.
         trained: whether it is trained already.
         n_pruned: tasks that are pruned already.
     """
@@ -36,7 +38,7 @@ class Estimate:
     peak_bytes: int | None
     source: str
     task_seconds: float | None
-    n_tasks: float
+    n_tasks: float | None
     trained: bool = False
     n_pruned: int = 0
 
@@ -47,7 +49,11 @@ class Estimate:
 
     @property
     def tasks_left(self) -> float:
-        return max(0.0, self.n_tasks - self.n_pruned)
+        return max(0.0, (self.n_tasks or 0) - self.n_pruned)
+
+    @property
+    def pruning_known(self) -> bool:
+        return self.task_seconds is not None and self.n_tasks is not None
 
     @property
     def seconds(self) -> float:
@@ -73,17 +79,26 @@ def estimates(config: Sweep, points: list[Point], worker: Worker | None) -> dict
     pruned = [
         record["seconds"] for of in found.values() for job, record in of if "seconds" in record and job.stage == "prune"
     ]
-    numbers = [sum(job.stage == "prune" for job, _ in of) for of in found.values() if "result" in of[-1][1]]
-    n_tasks = fmean(numbers) if ALL in config.options.tasks and numbers else len({*config.options.tasks} - {ALL})
+    numbers = {name: _n_tasks(config, of) for name, of in found.items()}
+    counted = [n for n in numbers.values() if n is not None]
+    mean = fmean(counted) if counted else None
     training = {g: known[g] or timed.get(g) or _scaled(cells[g], timed, cells) for g in cells}
     task_seconds = fmean(pruned) if pruned else None
     return {
         p.id: Estimate(
-            *training[p.group], task_seconds, n_tasks,
+            *training[p.group], task_seconds, mean if numbers[p.id] is None else numbers[p.id],
             trained="result" in found[p.id][0][1],
             n_pruned=sum(job.stage == "prune" and bool(record) for job, record in found[p.id]),
         ) for p in points
     }  # fmt: skip
+
+
+def _n_tasks(config: Sweep, of: Recorded) -> int | None:
+    """How many tasks a point prunes; None before it is known what its model does."""
+    known = ALL not in config.options.tasks or any(
+        job.stage == "abilities" and "result" in record for job, record in of
+    )
+    return sum(job.stage == "prune" for job, _ in of) if known else None
 
 
 def plan_text(
@@ -128,7 +143,8 @@ def _wall_time(config: Sweep, to_come: list[Estimate], engine: Engine) -> str:
         return f"engine: {engine.words}; {rooms}{each}; how long it takes is not known yet"
     taken = [one.seconds for one in to_come]
     seconds = max(max(taken), sum(taken) / engine.at_once)
-    without = ", pruning not counted" if config.options.tasks and to_come[0].task_seconds is None else ""
+    known = not config.options.tasks or all(one.pruning_known for one in to_come)
+    without = "" if known else ", pruning not counted"
     return f"engine: {engine.words}; {rooms}{each}; about {duration(seconds)} in all{without}"
 
 
@@ -137,15 +153,14 @@ def _pruning(config: Sweep, to_come: list[Estimate]) -> str:
         return "no task is pruned"
     if not to_come:
         return "nothing is left to prune"
-    some = to_come[0]
-    if some.task_seconds is None:
+    if not all(one.pruning_known for one in to_come):
         return "how long pruning takes is not known before a task was pruned"
-    tasks = f"{some.n_tasks:.3g} tasks a point, {duration(some.task_seconds)} each as those before"
-    n_left = sum(one.tasks_left for one in to_come)
-    return f"pruning: about {duration(some.task_seconds * n_left)} ({tasks})"
+    each = to_come[0].task_seconds
+    tasks = f"{fmean(one.n_tasks for one in to_come):.3g} tasks a point, {duration(each)} each as those before"
+    return f"pruning: about {duration(each * sum(one.tasks_left for one in to_come))} ({tasks})"
 
 
-def _known(seeds: list[list[tuple[Job, dict]]]) -> tuple[float, int | None, str] | None:
+def _known(seeds: list[Recorded]) -> tuple[float, int | None, str] | None:
     """Time and memory of the seeds of a combination that are trained."""
     results = [record["result"] for of in seeds for job, record in of if job.stage == "train" and "result" in record]
     if not results:
@@ -163,8 +178,8 @@ def _spread(points: list[Point], n: int) -> list[Point]:
 
 
 def _timed(config: Sweep, point: Point, worker: Worker) -> tuple[float | None, int | None, str]:
-    threads = point.config.run.threads
-    asked = {key: value for key, value in point.identity.items() if key != "run.seed"} | {"threads": threads}
+    others = ("run.name", "run.out", "run.seed")
+    asked = {key: value for key, value in not_default(point.config) if key not in others} | {"machine": platform.node()}
     order = {"config": asdict(point.config), "steps": STEPS}
     name = f"calibrate-{point.id.rpartition('_seed-')[0]}"
     job = Job(name, "calibrate", config.options.folder / "plan", asked, order)
@@ -172,7 +187,8 @@ def _timed(config: Sweep, point: Point, worker: Worker) -> tuple[float | None, i
     result = job.record().get("result")
     if not result:
         return None, None, f"not known: {error or job.record().get('error')}"
-    return result["train_seconds"], result["train_peak_bytes"], TIMED
+    source = f"{TIMED}, not compiled" if point.config.run.compile else TIMED
+    return result["train_seconds"], result["train_peak_bytes"], source
 
 
 def _scaled(point: Point, timed: dict, cells: dict) -> tuple[float | None, int | None, str]:

@@ -21,7 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from sparsetrain.config import ConfigError
 from sparsetrain.sweeping.complete import Failure, Over, complete, give_up, under_way
-from sparsetrain.sweeping.engines import Tick, hide_gpus
+from sparsetrain.sweeping.engines import Tick
 from sparsetrain.sweeping.points import Point
 from sparsetrain.sweeping.sweep_config import Sweep
 from sparsetrain.sweeping.worker import ATTEMPTS, PATIENCE, Worker
@@ -99,8 +99,8 @@ class Ray:
         """The point of a task that ended; None if it was given again, since its process died."""
         try:
             return Over(given.point, ray.get(ref))
-        except RayTaskError as error:
-            return Over(given.point, [Failure("its task", str(error))])
+        except RayTaskError as error:  # an exception of ours: again it would be the same
+            return Over(given.point, [give_up(self.config, given.point, str(error).strip().splitlines()[-1])])
         except RayError as error:
             told = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if given.times == ATTEMPTS:
@@ -175,10 +175,10 @@ def _check_answer(address: str) -> None:
 def do_point(config: Sweep, point: Point, folder: str) -> list[Failure]:
     """Do what a point needs in a process of Ray's; what failed."""
     os.chdir(folder)
-    hide_gpus(config)
-    return complete(config, point, _worker(os.environ.get("CUDA_VISIBLE_DEVICES")).run)
+    worker = _worker(config.options.engine.hides_gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return complete(config, point, worker.run)
 
 
 @cache  # it takes seconds to start, and Ray's processes do one point after the other
-def _worker(devices: str | None) -> Worker:
-    return Worker()
+def _worker(hide_gpus: bool, devices: str | None) -> Worker:
+    return Worker(hide_gpus)

@@ -6,6 +6,7 @@ A record says what was asked, so that a job whose settings changed since counts 
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -127,13 +128,19 @@ def is_done(score: dict[str, Any], sweep: Sweep) -> bool:
 
 
 def is_impossible(result: dict[str, Any]) -> bool:
-    """Whether the outcome of a task is that the tokenizer cannot express it, which says nothing about the model."""
+    """Whether the outcome of a task is that too few of its prompts suit the tokenizer, or the context length."""
     return result.get("reached") is False and result.get("full_model_loss_calibrated") is None
 
 
 def digest(task: str) -> str | None:
     """The hash of a task's file; a built-in task has none."""
     return hashlib.sha256(Path(task).read_bytes()).hexdigest() if task.endswith(".jsonl") else None
+
+
+def look_anew(folder: Path) -> None:
+    """Have a file system of several machines look anew at a point's records: it does at a file that is opened."""
+    with suppress(OSError), open(folder / RECORDS):
+        pass
 
 
 def read_records(file: Path) -> dict[str, dict[str, Any]]:

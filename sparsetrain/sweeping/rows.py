@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sparsetrain.config import value_of
 from sparsetrain.files import write_whole
 from sparsetrain.sweeping.points import Point
 from sparsetrain.sweeping.records import Recorded, is_done
 from sparsetrain.sweeping.sweep_config import Sweep
 
 ROWS = "rows.jsonl"
+WINDOWS = ("model.n_ctx", "train.batch_size", "train.eval_batches", "train.stride")  # keys that val_loss depends on too
 
 
 def point_rows(sweep: Sweep, point: Point, done: Recorded) -> list[dict[str, Any]]:
@@ -23,10 +25,10 @@ def point_rows(sweep: Sweep, point: Point, done: Recorded) -> list[dict[str, Any
 
     Returns:
         For each task that was pruned, that the model does not do, or whose pruning failed, a row; one without a task
-        where there are none. Each has the keys of `first_columns`; n_layers; train_peak_bytes; `task` and its
-        `reached`; of a task that was pruned its `method`, the folder's name `circuit`, what `stages.COPIED` names,
-        `nonsense`, discovery_seconds and discovery_peak_bytes; `why`, where the target was not reached; further
-        measures by their names; `error`, null if there was none.
+        where there are none. Each has the keys of `first_columns`, val_loss in nats per token; n_layers; the most
+        memory in train_peak_bytes; `task` and its `reached`; of a task that was pruned its `method`, the folder's name
+        `circuit`, what `stages.COPIED` names, `nonsense`, discovery_seconds and discovery_peak_bytes; `why`, where the
+        target was not reached; further measures by their names; `error`, null if there was none.
     """
     found = {job.name: (job, record) for job, record in done}
     trained = found["train"][1]
@@ -48,10 +50,11 @@ def point_rows(sweep: Sweep, point: Point, done: Recorded) -> list[dict[str, Any
 
 
 def first_columns(sweep: Sweep, point: Point) -> dict[str, Any]:
-    """What says which run a row is of."""
+    """What says which run a row is of, and over which windows of the corpus its loss is taken."""
     return {
         "sweep": sweep.options.name, "point": point.id, "arm": point.arm, "values": point.values, "seed": point.seed,
         "n_params": None, "n_nonzero": None, "val_loss": None, "train_seconds": None, "tokens": None,
+        "windows": {key: value_of(point.config, key) for key in WINDOWS},
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from sparsetrain.sweeping.engines import Engine, engine_of
 from sparsetrain.sweeping.plan import estimates, plan_text
 from sparsetrain.sweeping.points import Point, expand
 from sparsetrain.sweeping.progress import Progress
-from sparsetrain.sweeping.records import recorded, seconds
+from sparsetrain.sweeping.records import look_anew, recorded, seconds
 from sparsetrain.sweeping.rows import point_rows, write_rows
 from sparsetrain.sweeping.search import Search
 from sparsetrain.sweeping.sweep_config import SWEEP, Sweep, sweep_to_yaml
@@ -37,7 +37,7 @@ def plan(config: Sweep) -> str:
     """
     points = expand(config)
     check(config, points)
-    with Worker() as worker, engine_of(config, worker) as engine:
+    with Worker(config.options.engine.hides_gpus) as worker, engine_of(config, worker) as engine:
         check_before(config, points, worker)
         left = [point for point in points if is_left(recorded(config, point))]
         return plan_text(config, points, left, estimates(config, points, worker if engine.here else None), engine)
@@ -72,7 +72,8 @@ def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> l
                 left.append(point)
         search = Search(config) if config.options.adaptive else None
         if left or (search and search.n_left):
-            with nullcontext(worker) if worker else Worker() as jobs, engine_of(config, jobs) as engine:
+            own = nullcontext(worker) if worker else Worker(config.options.engine.hides_gpus)
+            with own as jobs, engine_of(config, jobs) as engine:
                 check_before(config, left or points, jobs)
                 _write_config(config)
                 try:
@@ -132,6 +133,8 @@ def _run(
     table_due = 0.0
     with Progress(config, len(points) + n_more, n_more, planned, engine.at_once) as progress:
         for over in _points_over(points, left, rows, engine, search, progress):
+            if not engine.here:
+                look_anew(over.point.folder)
             done = recorded(config, over.point)
             rows[over.point.id] = point_rows(config, over.point, done)
             progress.finished(over, rows[over.point.id], seconds(done) - before.get(over.point.id, 0))

@@ -81,14 +81,16 @@ class Search:
 
 def trials(config: Sweep, draws: list[Draw], points: list[Point], rows: dict[str, list[Row] | None]) -> list[Trial]:
     """What each draw gave, from the rows of its points; None in place of rows where a point is not over."""
-    most = max((row["n_nonzero"] or 0 for of in rows.values() for row in of or ()), default=0)
-    return [_trial(config, draw, [rows[p.id] for p in points if p.values == draw], most) for draw in draws]
+    there = [row for of in rows.values() for row in of or ()]
+    most = max((row["n_nonzero"] or 0 for row in there), default=0)
+    possible = {row["task"] for row in there if row["task"] and not is_impossible(row)}
+    return [_trial(config, draw, [rows[p.id] for p in points if p.values == draw], most, possible) for draw in draws]
 
 
-def _trial(config: Sweep, draw: Draw, rows: list[list[Row] | None], most: int) -> Trial:
+def _trial(config: Sweep, draw: Draw, rows: list[list[Row] | None], most: int, possible: set[str]) -> Trial:
     if None in rows:
         return Trial(draw, None, over=False)
-    values = [objectives(config, of, most) for of in rows if of is not None]
+    values = [objectives(config, of, most, possible) for of in rows if of is not None]
     if not values or None in values:
         return Trial(draw, None, over=True)
     return Trial(draw, tuple(fmean(of_seeds) for of_seeds in zip(*values, strict=True)), over=True)  # type: ignore[arg-type]
@@ -133,26 +135,25 @@ def _space(config: Sweep) -> dict[str, Any]:
     return {key: made[kind](*of) for key, (kind, *of) in config.samples.items()}
 
 
-def objectives(config: Sweep, rows: list[Row], most: int) -> tuple[float, ...] | None:
+def objectives(config: Sweep, rows: list[Row], most: int, possible: set[str]) -> tuple[float, ...] | None:
     """What a point gave, in the order of `search.objective`; None if it failed.
 
     Edges are the mean of logarithms over tasks, which orders points as the geometric mean does and weighs them evenly
     along a front. A task that is not reached counts with `most` edges, the nonzeros of the largest model so far: no
-    circuit has more, so that no point gains by leaving a task out. Tasks that the tokenizer cannot express count for
-    nothing: they are those of all points.
+    circuit has more, so that no point gains by leaving a task out, be it that its context is too short. A task counts
+    for nothing where it is not among the `possible` ones, those that some point can be asked.
     """
     found = []
     for name in config.options.search.objective:
-        value = _log_edges(rows, most) if name == "edges" else rows[0]["val_loss"] if rows else None
+        value = _log_edges(rows, most, possible) if name == "edges" else rows[0]["val_loss"] if rows else None
         if value is None or not math.isfinite(value):
             return None
         found.append(value)
     return tuple(found)
 
 
-def _log_edges(rows: list[Row], most: int) -> float | None:
+def _log_edges(rows: list[Row], most: int, possible: set[str]) -> float | None:
     if any(row["error"] for row in rows):
         return None
-    tasks = [row for row in rows if row["task"]]
-    edges = [row["n_edges"] if row["reached"] else most for row in tasks if not is_impossible(row)]
+    edges = [row["n_edges"] if row["reached"] else most for row in rows if row["task"] in possible]
     return fmean(math.log(max(1, n)) for n in edges) if edges else None

@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 from submitit.core.utils import DelayedSubmission, FailedJobError
@@ -19,9 +18,9 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmInfoWatcher, SlurmJob
 from sparsetrain.config import ConfigError
 from sparsetrain.files import write_json
 from sparsetrain.sweeping.complete import Failure, Over, complete, give_up, is_left
-from sparsetrain.sweeping.engines import Tick, hide_gpus
+from sparsetrain.sweeping.engines import Tick
 from sparsetrain.sweeping.points import Point
-from sparsetrain.sweeping.records import RECORDS, recorded
+from sparsetrain.sweeping.records import look_anew, recorded
 from sparsetrain.sweeping.sweep_config import Sweep
 from sparsetrain.sweeping.worker import Worker
 
@@ -30,7 +29,7 @@ IDS = "slurm.json"
 LONGEST_ARRAY = 1000  # Slurm's own default
 TIMES_OUT = 100  # how often a point may run out of time; it goes on each time
 UNKNOWN_FOR = 24 * 3600  # seconds after which a job that Slurm does not know is not a new one, but forgotten
-NO_FAULT = ("COMPLETED", "CANCELLED", "NODE_FAIL", "PREEMPTED")  # of the point: not recorded as its failure
+NO_FAULT = ("COMPLETED", "CANCELLED", "NODE_FAIL")  # of the point: not recorded as its failure
 
 
 class PointTask:
@@ -40,8 +39,7 @@ class PointTask:
         self.config, self.point = config, point
 
     def __call__(self) -> None:
-        hide_gpus(self.config)
-        self.worker = Worker()
+        self.worker = Worker(self.config.options.engine.hides_gpus)
         with self.worker:
             for failure in complete(self.config, self.point, self.worker.run):
                 print(f"{self.point.id}: {failure.job} failed: {failure.error}")
@@ -97,12 +95,17 @@ class Slurm:
         return found
 
     def _send(self, points: list[Point]) -> None:
-        """Send one array.
+        """Send one array; where so many run at once at most, to begin when those sent before are over.
 
         Raises:
             ConfigError: Slurm refuses it.
         """
+        before = sorted({id.partition("_")[0] for _, id in self.waiting.values()})
+        asked = parameters(self.config)
+        if before and self.at_once and not self.config.options.adaptive:  # a search itself gives so many at once
+            asked["additional_parameters"]["dependency"] = f"afterany:{':'.join(before)}"
         try:
+            self.executor.update_parameters(**asked)
             jobs = self.executor.submit_array([PointTask(self.config, point) for point in points])
         except (FailedJobError, OSError) as error:
             raise ConfigError(f"sbatch must take the options of engine, got {str(error).strip()}") from None
@@ -127,8 +130,7 @@ class Slurm:
     def _outcome(self, point: Point, id: str) -> Over | None:
         """How a point ended; None while it is not over."""
         if ended := self.watch.is_done(id):  # before the records are read: what it did is in them then
-            with suppress(OSError), open(point.folder / RECORDS):
-                pass  # a file system of several machines looks anew at a file that is opened
+            look_anew(point.folder)
         done = recorded(self.config, point)
         if not is_left(done):
             failed = [Failure(job.name, record["error"]) for job, record in done if "error" in record]

@@ -33,7 +33,7 @@ COPIED = (
     "faithfulness", "n_dangling", "graph", "target_loss", "size",
 )  # fmt: skip
 COLUMNS = {
-    "sweep", "point", "arm", "values", "seed", "n_layers", "n_params", "n_nonzero", "val_loss", "tokens",
+    "sweep", "point", "arm", "values", "seed", "windows", "n_layers", "n_params", "n_nonzero", "val_loss", "tokens",
     "train_seconds", "train_peak_bytes", "task", "method", "circuit", "reached", "why", "nonsense",
     "discovery_seconds", "discovery_peak_bytes", "error", *COPIED,
 }  # fmt: skip

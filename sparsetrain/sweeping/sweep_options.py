@@ -28,7 +28,9 @@ class EngineOptions:
         "an array of Slurm jobs (extra slurm). The keys below are for the latter two",
     )  # fmt: skip
     cpus: int = option(1, "CPUs of a point; run.threads is as many where it is not set", low=1)
-    gpus: float = option(0.0, "GPUs of a point, on Ray also a share of one; 0 hides them all", low=0)
+    gpus: float = option(
+        0.0, "GPU of a point, which is one process; on Ray also a share of one; 0 hides them all", low=0, high=1
+    )
     memory: float | None = option(None, "memory of a point; null: not declared", "GiB", low=0.1)
     at_once: int | None = option(None, "points at once, at most; null: as many as there is room for", low=1)
     address: str | None = option(
@@ -38,11 +40,16 @@ class EngineOptions:
     minutes: int = option(60, "Slurm's time limit; a point that needs more is put in the queue again", "minutes", low=5)
     sbatch: list[str] = option([], "further options of Slurm's sbatch, as account=NAME")
 
+    @property
+    def hides_gpus(self) -> bool:
+        """Whether points are to see no GPU."""
+        return self.kind != "serial" and not self.gpus
+
     def problems(self) -> list[str]:
         """What cannot be asked of the engine."""
         found = []
-        if self.gpus != int(self.gpus) and (self.gpus > 1 or self.kind == "slurm"):
-            found.append(f"engine.gpus must be whole{' or below 1' * (self.kind == 'ray')}, got {self.gpus}")
+        if self.gpus != int(self.gpus) and self.kind == "slurm":
+            found.append(f"engine.gpus must be 0 or 1 with slurm, got {self.gpus}")
         host, _, port = (self.address or "host:0").rpartition(":")
         if not host or "/" in host or not port.isdigit():
             found.append(f"engine.address must be HOST:PORT, got {self.address!r}")

@@ -32,9 +32,14 @@ NEEDED = ("sparsetrain.sweeping.stages", "torch.utils.tensorboard", "torch._dyna
 
 
 class Worker:
-    """The handle of such a process, as a context; started with its first job, and anew where it died."""
+    """The handle of such a process, as a context; started with its first job, and anew where it died.
 
-    def __init__(self) -> None:
+    Args:
+        hide_gpus: leave its jobs no GPU.
+    """
+
+    def __init__(self, hide_gpus: bool = False) -> None:
+        self.changes = {"CUDA_VISIBLE_DEVICES": ""} if hide_gpus else {}
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Worker":
@@ -67,8 +72,9 @@ class Worker:
             command = [sys.executable, "-m", "sparsetrain.sweeping.worker"]
             # A session of its own: Ctrl-C reaches whoever gave the jobs, who then ends this in good order.
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-            )
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+                env=os.environ | self.changes,
+            )  # fmt: skip
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(job.message().encode() + b"\n")
