@@ -1,4 +1,4 @@
-"""Held-out losses of two models side by side: token by token, or document by document where tokenizers differ."""
+"""Held-out losses of two models side by side: token by token, or document by document where their tokens differ."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -45,9 +45,9 @@ def compare_losses(a: Side, b: Side) -> dict[str, Any]:
     Raises:
         CompareError: the held-out texts differ.
     """
-    if a.corpus.manifest["fingerprint"] == b.corpus.manifest["fingerprint"]:
-        return on_tokens(a, b)
-    return on_documents(a, b)
+    same_tokenizer = a.corpus.manifest["tokenizer_sha256"] == b.corpus.manifest["tokenizer_sha256"]
+    same_tokens = same_tokenizer and np.array_equal(a.corpus.tokens("val"), b.corpus.tokens("val"))
+    return on_tokens(a, b) if same_tokens else on_documents(a, b)
 
 
 def on_tokens(a: Side, b: Side) -> dict[str, Any]:

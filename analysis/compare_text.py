@@ -18,7 +18,7 @@ def verdict(losses: Mapping[str, Any]) -> str:
     where = f"{losses['n_units']:,} {unit}s of {losses['n_groups']:,} {of}"
     more = f"; B is better at {losses['b_better']:.0%} of tokens" if unit == "token" else ""
     if unit == "byte":
-        more = "; the tokenizers differ, so losses are per byte of the same documents"
+        more = "; their tokens differ, so losses are per byte of the same documents"
     return (
         f"held-out loss, nats per {unit}: A {losses['a']:.4f}, B {losses['b']:.4f}, B - A {losses['difference']:+.4f}"
         f"{se}, on {where}{more}"

@@ -287,12 +287,16 @@ def _in_a_circuit(model: Model, key: str) -> Any:
 
 
 def _refuse_what_differs(models: list[Model]) -> None:
-    """Losses are compared, so they must be of the same corpus; `frontier_text` warns of other windows of it."""
-    corpora: dict[str, str] = {}
+    """Losses are compared, so they must be over the same held-out tokens; `frontier_text` warns of other windows.
+
+    The same tokenizer with as many held-out tokens is taken for the same: a corpus may be named in several ways.
+    """
+    corpora: dict[tuple, str] = {}
     for model in models:
         file = model.run / "environment.json"
         if file.exists():
-            corpora.setdefault(json.loads(file.read_text())["corpus"]["fingerprint"], model.row["point"])
+            corpus = json.loads(file.read_text())["corpus"]
+            corpora.setdefault((corpus["tokenizer_sha256"], corpus["tokens"]["val"]), model.row["point"])
     if len(corpora) > 1:
         raise FrontierError(
             "models must share corpus and tokenizer, so that their losses can be compared, got different ones in "

@@ -148,7 +148,7 @@ def test_other_tokenizers_are_compared_by_the_bytes_of_the_same_documents(writte
     runs = written("few"), written("more", "data.vocab_size=330")
     folder, text = compare(*runs, tmp_path)
     read = json.loads((folder / "compare.json").read_text())["losses"]
-    assert "the tokenizers differ, so losses are per byte of the same documents" in text
+    assert "their tokens differ, so losses are per byte of the same documents" in text
     assert read["unit"] == "byte" and 10 < read["n_groups"] < 40
     for run, loss in zip(runs, (read["a"], read["b"]), strict=True):
         model, tokenizer, config = load_run(run)
@@ -163,6 +163,12 @@ def test_other_tokenizers_are_compared_by_the_bytes_of_the_same_documents(writte
     worst = read["documents"][0]
     assert worst["text"].startswith("number ") and "Documents that differ most" in text
     assert "histogram" not in read and "in context" not in (folder / "compare.html").read_text()
+
+
+def test_a_tokenizer_that_is_named_by_its_file_is_the_same(written, tmp_path):
+    run = written("few")
+    folder, _ = compare(run, written("named", f"data.tokenizer={run / 'tokenizer.json'}", "run.seed=1"), tmp_path)
+    assert json.loads((folder / "compare.json").read_text())["losses"]["unit"] == "token"
 
 
 def test_the_error_of_a_ratio_is_the_spread_of_documents(written):

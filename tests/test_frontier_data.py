@@ -177,9 +177,11 @@ def test_what_older_rows_do_not_say_is_read_from_a_circuit(tmp_path):
 def test_models_of_other_corpora_or_tokenizers_are_refused(tmp_path):
     models = [model_rows(3.0, {"a": 5}, width=width) for width in (1, 2)]
     folder = write_rows(tmp_path, *models)
-    for rows, fingerprint in zip(models, "xy", strict=True):
-        run = folder / "points" / rows[0]["point"]
-        run.mkdir(parents=True)
-        (run / "environment.json").write_text(json.dumps({"corpus": {"fingerprint": fingerprint}}))
+    files = [folder / "points" / rows[0]["point"] / "environment.json" for rows in models]
+    for file, tokenizer in zip(files, "xy", strict=True):
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"corpus": {"tokenizer_sha256": tokenizer, "tokens": {"val": 9}}}))
     with pytest.raises(FrontierError, match="must share corpus and tokenizer.*_width-1_seed-0, _width-2_seed-0"):
         read_study([folder])
+    files[1].write_bytes(files[0].read_bytes())
+    assert len(read_study([folder]).models) == 2

@@ -99,11 +99,24 @@ def test_the_bar_shows_the_points_that_are_under_way(swept, monkeypatch):
     assert not under_way(first)
     expected = {point.id: 10.0 for point in points}
     with locked(first), locked(second), Progress(swept, 3, 0, expected, at_once=2) as progress:
-        (first.folder / "metrics.jsonl").write_text('{"step": 40}\n')
+        (first.folder / "metrics.jsonl").write_text('{"step": 40, "loss/train": 3.5}\n')
         assert [under_way(point) for point in points] == [True, True, False]
         progress.tick(points)
-        assert f"time left not known yet, {first.id}: train, step 40; {second.id}: train, step 0" in terminal.getvalue()
+        told = terminal.getvalue()
+        assert "time left not known yet" in told and f"  {first.id}: train, step 40 of 10000, loss 3.500" in told
+        assert f"  {second.id}: train, step 0 of 10000" in told
         assert third.id not in terminal.getvalue()
         progress.finished(Over(first, [Failure("measure-m.f", "died")]), [], took=20.0)
     assert f"{first.id}: measure-m.f failed: died; see {first.folder / 'log.txt'}" in terminal.getvalue()
     assert f"{first.id}: 20 s; about 20 s left" in terminal.getvalue()  # 2 points of 20 s, two at once
+
+
+def test_without_a_terminal_the_points_under_way_are_told_now_and_then(swept, monkeypatch, capsys):
+    first, second, _ = points = expand(swept)
+    with locked(second), Progress(swept, 3, 0, {}, at_once=1) as progress:
+        progress.tick(points)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr("sparsetrain.sweeping.progress.TELL_SECONDS", 0.0)
+        progress.tick(points)
+    told = capsys.readouterr().err
+    assert told.startswith(f"under way:\n  {second.id}: train, step ") and first.id not in told

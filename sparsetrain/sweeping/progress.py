@@ -1,9 +1,11 @@
-"""What a sweep tells while it runs: a bar with the time left, and a line for each point, on standard error."""
+"""What a sweep tells while it runs, on standard error: a bar with the time left, a line for each point under way below
+it, and one for each that is over."""
 
 import json
 import sys
+import time
 from collections.abc import Iterable
-from pathlib import Path
+from contextlib import suppress
 from statistics import fmean
 from typing import Any
 
@@ -15,11 +17,12 @@ from sparsetrain.sweeping.points import Point
 from sparsetrain.sweeping.records import LOG
 from sparsetrain.sweeping.sweep_config import Sweep
 
-SHOWN = 4  # points under way in the bar
+SHOWN = 8  # points under way, at most
+TELL_SECONDS = 300.0  # between two looks at the points under way, where there is no terminal
 
 
 class Progress:
-    """The live display, as a context; where standard error is no terminal there is no bar, only the lines.
+    """The live display, as a context; where standard error is no terminal, lines now and then in place of bars.
 
     Args:
         config: the sweep.
@@ -32,6 +35,8 @@ class Progress:
     def __init__(self, config: Sweep, total: int, n_more: int, expected: dict[str, float], at_once: int | None):
         form = "{n_fmt}/{total_fmt} points |{bar}| {elapsed}{postfix}"
         self.bar = tqdm(total=total, initial=total - n_more - len(expected), disable=None, bar_format=form)
+        self.lines: list[tqdm] = []
+        self.told = time.monotonic()
         self.config, self.expected, self.at_once = config, expected, at_once or 1
         known = [seconds for seconds in expected.values() if seconds]
         self.mean = fmean(known) if known else 1.0
@@ -42,15 +47,25 @@ class Progress:
         return self
 
     def __exit__(self, *error) -> None:
-        self.bar.close()
+        for line in (*self.lines, self.bar):
+            line.close()
 
     def tick(self, given: Iterable[Point]) -> None:
         """Show which of the points that an engine has are under way, and how far."""
-        if not self.bar.disable:
-            busy = [point for point in given if under_way(point)]
-            shown = [f"{point.id}: {self._doing(point)}" for point in busy[:SHOWN]]
-            shown += [f"{len(busy) - SHOWN} more"] * (len(busy) > SHOWN)
-            self.bar.set_postfix_str(f"{self._left()}, {'; '.join(shown)}")
+        if self.bar.disable and time.monotonic() - self.told < TELL_SECONDS:
+            return
+        self.told = time.monotonic()
+        busy = [point for point in given if under_way(point)]
+        shown = [f"{point.id}: {self._doing(point)}" for point in busy[:SHOWN]]
+        shown += [f"{len(busy) - SHOWN} more"] * (len(busy) > SHOWN)
+        if self.bar.disable:
+            tqdm.write("\n".join(["under way:", *(f"  {line}" for line in shown)]), file=sys.stderr)
+            return
+        self.bar.set_postfix_str(self._left())
+        while len(self.lines) < len(shown):
+            self.lines.append(tqdm(bar_format="  {desc}", position=len(self.lines) + 1, leave=False))
+        for i, line in enumerate(self.lines):
+            line.set_description_str(shown[i] if i < len(shown) else "")
 
     def finished(self, over: Over, rows: list[dict[str, Any]], took: float) -> None:
         """Tell the numbers of a point that is over, and what failed."""
@@ -67,8 +82,9 @@ class Progress:
 
     def _doing(self, point: Point) -> str:
         job = next(left_jobs(self.config, point), None)
-        step = f", step {_last_step(point.folder)}" if job and job.stage == "train" else ""
-        return f"{job.name if job else ''}{step}"
+        if job is None:
+            return ""
+        return f"{job.name}{_how_far(point)}" if job.stage == "train" else job.name
 
     def _left(self) -> str:
         """The time left: what is expected, corrected by how the points so far took longer or shorter."""
@@ -85,11 +101,11 @@ def _numbers(rows: list[dict[str, Any]]) -> str:
     return f"held-out loss {rows[0]['val_loss']:.3f}, " + (f"{reached} of {len(tasks)} tasks, " if tasks else "")
 
 
-def _last_step(folder: Path) -> str:
-    """The last step that a run has logged."""
-    try:
-        with open(folder / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 2000))
-            return str(json.loads(file.read().splitlines()[-1])["step"])
-    except (OSError, ValueError, IndexError):
-        return "0"
+def _how_far(point: Point) -> str:
+    """The last step that a run has logged, and its loss."""
+    last: dict[str, Any] = {}
+    with suppress(OSError, ValueError, IndexError), open(point.folder / "metrics.jsonl", "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - 2000))
+        last = json.loads(file.read().splitlines()[-1])
+    loss = f", loss {last['loss/train']:.3f}" if "loss/train" in last else ""
+    return f", step {last.get('step', 0)} of {point.config.train.steps}{loss}"
