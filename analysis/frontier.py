@@ -62,7 +62,7 @@ def write_frontier(
     title = ", ".join(dict.fromkeys(setting.row["sweep"] for setting in study.settings))
     for folder in filter(None, (out, publish)):
         make_folder(Path(folder))
-        write_pictures(Path(folder), study, found, ways["size"])
+        write_pictures(Path(folder), study, found, ways)
         write_json(Path(folder) / "frontier.json", _json(study, found, ways, factors))
         write_whole(Path(folder) / "frontier.md", text.encode())
     write_frontier_page(out / "frontier.html", title, study, found, ways, factors)
@@ -110,7 +110,7 @@ def _json(
     ]  # fmt: skip
     return {
         "format": FORMAT, "target_loss": study.target_loss, "graph": study.graph, "tasks": study.tasks,
-        "common": study.common, "share": study.share, "mean": default_mean(study), "settings": settings,
+        "common": study.common, "trivial": study.trivial, "mean": default_mean(study), "settings": settings,
         "lines": ways, "equal_capability": factors, "left_out": study.left_out, "missing": study.missing,
     }  # fmt: skip
 

@@ -20,7 +20,6 @@ from sparsetrain.sweeping.sweep_config import SWEEP, load_sweep
 
 Row = dict[str, Any]
 NEEDED = {"sweep", "point", "arm", "values", "seed", "n_params", "n_nonzero", "val_loss", "task", "error"}
-SHARES = (1.0, 0.9, 0.5)  # of the models; the next where no task is reached by as many
 DENSE = 0.99  # share of nonzero weights from which on a model counts as dense
 
 
@@ -132,8 +131,8 @@ class Study:
         settings: in the order of their rows.
         tasks: those that some model can be asked; one that cannot, since its context is short, does not reach them.
         left_out: the other ones, with the reason.
-        common: the same tasks for all: those of `tasks` that a share of the finished models reach which reach any.
-        share: the first of SHARES at which there is such a task.
+        common: the same tasks for all, by which settings are compared: see `_common`.
+        trivial: tasks that some model reaches and that no model's circuit needs an edge for.
         missing: what is not there yet, or failed, in words.
         target_loss: what circuits were cut at, nats; None where nothing says it.
         graph: `channel` or `component`: what an edge is.
@@ -143,7 +142,7 @@ class Study:
     tasks: list[str]
     left_out: dict[str, str]
     common: list[str]
-    share: float
+    trivial: list[str]
     missing: list[str]
     target_loss: float | None
     graph: str
@@ -185,9 +184,11 @@ def read_study(folders: Sequence[str | Path]) -> Study:
             "prune.size out of the sweep"
         )
     settings = _settings(models)
-    common, share = _common(models, tasks)
+    edges = {task: [m.outcomes[task]["n_edges"] for m in models if task in m.reached] for task in tasks}
+    trivial = [task for task in tasks if edges[task] and not any(edges[task])]
+    common = _common(settings, tasks, trivial)
     return Study(
-        settings=settings, tasks=tasks, left_out=left_out, common=common, share=share,
+        settings=settings, tasks=tasks, left_out=left_out, common=common, trivial=trivial,
         missing=[*_missing(rows, models, tasks), *_not_begun(rows, folders)], target_loss=_one(models, "target_loss"),
         graph=_one(models, "graph") or "channel",
     )  # fmt: skip
@@ -230,15 +231,25 @@ def _settings(models: list[Model]) -> list[Setting]:
     return [Setting(of) for of in groups.values()]
 
 
-def _common(models: list[Model], tasks: list[str]) -> tuple[list[str], float]:
-    """A model that is not finished does not narrow the choice, unless none is; nor does one that reaches nothing."""
-    finished = [m for m in models if m.outcomes.keys() >= {*tasks}] or models
-    able = [m.reached for m in finished if m.reached & {*tasks}]
-    for share in SHARES:
-        found = [task for task in tasks if able and sum(task in reached for reached in able) >= share * len(able)]
-        if found:
-            return found, share
-    return [], 1.0
+def _common(settings: list[Setting], tasks: list[str], trivial: list[str]) -> list[str]:
+    """The tasks by which the most circuits are compared: reached by every seed of more than half of the settings.
+
+    Tasks are taken in the order of how many settings reach them, as many as make tasks x settings that reach all of
+    them greatest, so that one weak model does not leave a single task to all. Trivial ones say nothing of any model.
+    Models that are not finished do not count, unless none is; nor do settings that reach nothing.
+    """
+    finished = [[m.reached for m in s.models if m.outcomes.keys() >= {*tasks}] for s in settings]
+    if not any(finished):
+        finished = [[m.reached for m in s.models] for s in settings]
+    wanted = {*tasks} - {*trivial}
+    able = [found for of in finished if of and (found := set.intersection(*of) & wanted)]
+    by_reach = sorted(wanted, key=lambda task: (-sum(task in found for found in able), tasks.index(task)))
+    best, most = 0, 0
+    for n in range(1, len(by_reach) + 1):
+        n_settings = sum(found >= {*by_reach[:n]} for found in able)
+        if 2 * n_settings > len(able) and n * n_settings > most:
+            best, most = n, n * n_settings
+    return [task for task in tasks if task in by_reach[:best]]
 
 
 def _not_begun(rows: list[tuple[Path, Row]], folders: Sequence[str | Path]) -> list[str]:

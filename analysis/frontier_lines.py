@@ -15,6 +15,7 @@ SAME_SIZE, SAME_L0 = 1.1, 1.5  # settings whose counts are within this factor sh
 SIZES = ("model.", "sparsity.density", "sparsity.embedding_density", "data.vocab_size")  # keys that change a count
 NOT_SIZES = (EVERY_SITE,)
 DEPTH = "model.n_layers"
+WAYS = {"size": "lines of equal size", "l0": "lines of equal L0"}  # the two that every frontier has, with their titles
 Line = dict[str, Any]
 
 

@@ -4,7 +4,7 @@
 const frontierPage = (() => {
   const data = JSON.parse(document.getElementById("page-data").textContent);
   const { settings, ways } = data;
-  const shown = { mean: data.mean, way: "size", intervals: settings.length <= 60, floors: false };
+  const shown = { mean: data.mean, way: "size", intervals: settings.length <= 60, floors: settings.length <= 60 };
   const GREY = "#9aa0ab";
   const KEYS = 40; // lines in the legend
   const LABEL = { letter: 6.3, height: 12, across: 8, up: 10 }; // pixels

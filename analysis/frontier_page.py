@@ -27,12 +27,11 @@ from bokeh.plotting import figure
 
 from sparsetrain.analysis import frontier_text as texts
 from sparsetrain.analysis.frontier_data import Model, Setting, Study
-from sparsetrain.analysis.frontier_lines import Line
+from sparsetrain.analysis.frontier_lines import WAYS, Line
 from sparsetrain.analysis.frontier_means import MEANS, default_mean
 from sparsetrain.analysis.page_parts import whole_page
 from sparsetrain.files import write_whole
 
-WAYS = {"size": "lines of equal size", "l0": "lines of equal L0"}
 PANEL = ("n_edges", "n_nodes", "task_loss", "completeness_loss", "kl")
 EMPTY: dict[str, tuple[str, ...]] = {
     "lines": ("xs", "ys", "colour"), "intervals": ("x0", "y0", "x1", "y1", "colour"),

@@ -6,25 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.analysis.frontier_data import Study
-from sparsetrain.analysis.frontier_lines import Line
+from sparsetrain.analysis.frontier_lines import WAYS, Line
 from sparsetrain.analysis.frontier_means import MEANS, Value, default_mean
 from sparsetrain.analysis.frontier_text import target
 from sparsetrain.files import write_whole
 
-SIZE, DPI = (7.2, 4.6), 200  # inches; dots per inch of the PNG
+SIZE, DPI = (7.2, 4.6), 200  # inches of a panel; dots per inch of the PNG
 MOST_LABELLED, MOST_KEYS = 60, 10  # points with counts; lines with a key
 RING, QUIET = "#d3a11f", "#3f4654"
 PLACES = [(dx, dy, across, "center") for dy in (6, -6, 0) for dx, across in ((6, "left"), (-6, "right"))]
 
 
-def write_pictures(folder: Path, study: Study, found: Sequence[Mapping[str, Any]], lines: Sequence[Line]) -> None:
+def write_pictures(
+    folder: Path, study: Study, found: Sequence[Mapping[str, Any]], ways: Mapping[str, Sequence[Line]]
+) -> None:
     """Write frontier.png and frontier.svg, by the mean that is shown first; the same arguments give the same bytes.
+
+    A panel has the lines of equal size, a second one those of equal L0, if there are any.
 
     Args:
         folder: where they go.
         study: what is compared.
         found: of each setting, see `frontier_means.summarise`.
-        lines: with a `colour` each.
+        ways: lines, see `frontier_lines.all_lines`, with a `colour` each.
 
     Raises:
         WriteError: one could not be written.
@@ -32,23 +36,36 @@ def write_pictures(folder: Path, study: Study, found: Sequence[Mapping[str, Any]
     import matplotlib  # takes a second
 
     with matplotlib.rc_context({"svg.hashsalt": "frontier", "svg.fonttype": "none", "font.size": 9}):
-        picture = _picture(study, found, lines)
+        picture = _picture(study, found, ways)
         for kind, notes in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             drawn = io.BytesIO()
             picture.savefig(drawn, format=kind, dpi=DPI, metadata=notes)
             write_whole(folder / f"frontier.{kind}", drawn.getvalue())
 
 
-def _picture(study: Study, found: Sequence[Mapping[str, Any]], lines: Sequence[Line]):
+def _picture(study: Study, found: Sequence[Mapping[str, Any]], ways: Mapping[str, Sequence[Line]]):
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    joins = {way: any(len(line["settings"]) > 1 for line in ways[way] if not line["dense"]) for way in WAYS}
+    drawn = [way for way in WAYS if way == "size" or joins[way]]
+    picture = Figure(figsize=(SIZE[0] * len(drawn), SIZE[1]), layout="constrained")
+    panels = picture.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
+    for axes, way in zip(panels, drawn, strict=True):
+        axes.set_title(WAYS[way], loc="left", fontsize="medium", color=QUIET)
+        _panel(axes, study, found, ways[way])
+    if len(found) <= MOST_LABELLED:
+        for axes in panels:  # when all of them have their places
+            _label(picture, axes, found, [summary["means"][default_mean(study)] for summary in found])
+    return picture
+
+
+def _panel(axes, study: Study, found: Sequence[Mapping[str, Any]], lines: Sequence[Line]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    picture = Figure(figsize=SIZE, layout="constrained")
-    axes = picture.add_subplot()
     mean = default_mean(study)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.3g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("held-out loss, nats per token")
     axes.set_ylabel(f"edges at {target(study)}\n({_tasks(study, mean)})")
@@ -58,18 +75,16 @@ def _picture(study: Study, found: Sequence[Mapping[str, Any]], lines: Sequence[L
     rings = [i for i, value in enumerate(values) if value.pareto]
     axes.scatter([found[i]["val_loss"] for i in rings], [values[i].mean for i in rings], s=130, facecolors="none",
                  edgecolors=RING, linewidths=1.4, label="on the front")  # fmt: skip
+    _floors(axes, found, values, mean)
     _edge(axes, found, values)
     axes.margins(x=0.1)
+    axes.set_ylim(max(axes.get_ylim()[0], 0.7), max(axes.get_ylim()[1], 3))  # no circuit counts as less than one edge
     axes.grid(color="#eceef2")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    few = len(found) <= MOST_LABELLED
-    if few:
+    if len(found) <= MOST_LABELLED:
         axes.plot([], [], " ", label="n/n: tasks reached, all seeds")
     _legend(axes, len(lines))
-    if few:
-        _label(picture, axes, found, values)
-    return picture
 
 
 def _tasks(study: Study, mean: str) -> str:
@@ -92,6 +107,15 @@ def _line(axes, line: Line, found: Sequence[Mapping[str, Any]], values: Sequence
             axes.plot(found[i]["loss_interval"], [b, b], color=colour, alpha=0.4, linewidth=1)
     shape = {"marker": "D" if line["dense"] else "o", "markersize": 5 if few else 3}
     axes.plot(x, y, color=line["colour"], linewidth=1.3, label=line["name"], **shape)
+
+
+def _floors(axes, found: Sequence[Mapping[str, Any]], values: Sequence[Value], mean: str) -> None:
+    """Dashes where nonsense circuits of the same tasks and seeds would stand."""
+    times = [f["floors"][mean].times if mean in f["floors"] else None for f in found]
+    there = [i for i, value in enumerate(values) if value.mean is not None and times[i] is not None]
+    if there and len(found) <= MOST_LABELLED:
+        axes.scatter([found[i]["val_loss"] for i in there], [values[i].mean * times[i] for i in there], marker="_",
+                     s=70, color=QUIET, linewidths=1, label="nonsense circuits")  # fmt: skip
 
 
 def _edge(axes, found: Sequence[Mapping[str, Any]], values: Sequence[Value]) -> None:

@@ -10,8 +10,8 @@ from sparsetrain.sweeping.rows import WINDOWS
 
 Table = tuple[Sequence[str], list[list[str]]]
 MEANINGS = {
-    "common": "The same tasks for every model, so none gains by failing at a hard one. Models that miss one of them "
-              "have no such mean; they stand at the picture's upper edge.",
+    "common": "The same tasks for every model, so none gains by failing at a hard one: those by which most circuits "
+              "are compared. Models that miss one have no such mean; they stand at the picture's upper edge.",
     "own": "Each model's own tasks, so a model that reaches easy tasks alone looks better than it is: compare points "
            "only where their tasks are as many.",
     "bound": "A task that is not reached counts as all nonzero weights of the model, which is the least that can be "
@@ -33,19 +33,19 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
     """What a reader must know before taking the picture for an answer."""
     seeds = [len(setting.models) for setting in study.settings]
     told = []
+    n_reached, n_missing = (
+        len({task for model in study.models for task in model.reached}),
+        sum(f["means"]["common"].mean is None for f in found),
+    )
     if not study.common:
-        told.append("No task is reached by half of the models, so there is no mean over the same tasks for all.")
-    elif study.share < 1:
-        n = sum(f["means"]["common"].mean is None for f in found)
+        told.append("No task is reached by more than half of the settings, so there is no mean over the same tasks.")
+    elif n_missing or len(study.common) < n_reached:
         told.append(
-            f"No task is reached by all models, so the same tasks for all are the {len(study.common)} that "
-            f"{study.share:.0%} of them reach; {n} of {len(found)} settings miss one and stand at the upper edge."
+            f"The same tasks for all are {len(study.common)} of the {n_reached} that some model reaches, by which most "
+            f"circuits are compared; {n_missing} of {len(found)} settings miss one and stand at the upper edge."
         )
-    elif 2 * len(study.common) < (n := len({task for model in study.models for task in model.reached})):
-        told.append(
-            f"The same tasks for all are {len(study.common)} of the {n} that some model reaches: every model that "
-            "reaches any must reach them, so the weakest decides. Leave it out, or look at the other means."
-        )
+    if study.trivial:
+        told.append(f"No model needs an edge for {', '.join(study.trivial)}: not among the same tasks for all.")
     if max(seeds) == 1:
         told.append("One seed of each setting: intervals are over tasks alone, and seeds may differ by more.")
     elif max(seeds) < 5:

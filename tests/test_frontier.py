@@ -88,8 +88,8 @@ def test_the_pictures_are_pictures(swept):
     texts = [node.text for node in ElementTree.parse(swept / "frontier.svg").iter() if node.tag.endswith("}text")]
     assert "held-out loss, nats per token" in texts
     counts = [f"{s['n_reached']}/{s['n_asked']}" for s in data_of(swept)["settings"]]
-    assert sum(text in counts for text in texts) == len(counts)
-    assert {"dense", "on the front"} <= {*texts}
+    assert sum(text in counts for text in texts) == 2 * len(counts)  # in either panel
+    assert {"dense", "on the front", "nonsense circuits", "lines of equal size", "lines of equal L0"} <= {*texts}
 
 
 def test_what_is_published_makes_the_page_again(swept, tmp_path):

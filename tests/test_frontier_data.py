@@ -61,12 +61,12 @@ def test_points_of_a_sweep_that_was_moved_or_has_no_row_yet_are_missing_too(tmp_
     assert study.missing == [f"{point.id}: not trained yet" for point in expand(config)]
 
 
-def test_a_weak_model_that_narrows_the_tasks_is_told(tmp_path):
+def test_a_weak_model_does_not_narrow_the_tasks_and_is_told(tmp_path):
     able = [model_rows(3.0, {"a": 1, "b": 2, "c": 3}, width=i) for i in range(4)]
     study = read_study([write_rows(tmp_path, *able, model_rows(4.0, {"a": 1, "b": None, "c": None}, width=9))])
     told = " ".join(cautions(study, summarise(study), []))
-    assert "The same tasks for all are 1 of the 3 that some model reaches" in told
-    assert "3 tasks (1 of them the same for all)" in introduction(study)
+    assert study.common == ["a", "b", "c"]
+    assert "are 3 of the 3 that some model reaches" in told and "1 of 5 settings miss one and stand at the" in told
     study = read_study([write_rows(tmp_path / "able", *able)])
     assert "The same tasks for all" not in " ".join(cautions(study, summarise(study), []))
 
@@ -80,23 +80,33 @@ def test_a_task_that_is_too_long_for_some_is_not_reached_by_them_and_one_for_all
     assert [summary["n_asked"] for summary in summarise(study)] == [2, 2]
 
 
-def test_the_same_tasks_for_all_are_those_that_every_able_model_reaches(tmp_path):
+def test_the_same_tasks_for_all_are_those_by_which_most_circuits_are_compared(tmp_path):
     able = model_rows(3.0, {"a": 1, "b": 2, "c": 3}, width=1)
     less = model_rows(3.1, {"a": 1, "b": 2, "c": None}, width=2)
     none = model_rows(5.0, {"a": None, "b": None, "c": None}, width=3)
     begun = model_rows(3.0, {"a": 1, "b": OPEN, "c": OPEN}, width=4)
     study = read_study([write_rows(tmp_path, able, less, none, begun)])
-    assert (study.common, study.share) == (["a", "b"], 1.0)
+    assert study.common == ["a", "b"]  # 2 tasks of 2 settings, in place of 3 of one
+    assert "3 tasks (2 of them the same for all)" in introduction(study)
     assert read_study([write_rows(tmp_path / "begun", begun, none[:1])]).common == ["a"]
+    second = model_rows(3.0, {"a": 1, "b": None, "c": 3}, width=1, seed=1)  # a setting reaches what its seeds do
+    assert read_study([write_rows(tmp_path / "seeds", able, second, less)]).common == ["a"]
 
 
-def test_where_no_task_is_reached_by_all_those_that_most_reach_are_taken(tmp_path):
+def test_more_than_half_of_the_settings_have_to_reach_the_same_tasks(tmp_path):
     models = [model_rows(3.0, {"a": None if i == 0 else 1, "b": None if i < 4 else 1, "c": 1 if i == 0 else None},
                          width=i) for i in range(10)]  # fmt: skip
-    study = read_study([write_rows(tmp_path, *models)])
-    assert (study.common, study.share) == (["a"], 0.9)
+    assert read_study([write_rows(tmp_path, *models)]).common == ["a", "b"]  # 2 tasks of 6 settings for 1 of 9
+    assert read_study([write_rows(tmp_path / "half", *models[:7])]).common == ["a"]  # 2 of 3 settings of 7 for 1 of 6
     third = [model_rows(3.0, {task: 1 if task == name else None for task in "abc"}, width=ord(name)) for name in "abc"]
     assert read_study([write_rows(tmp_path / "none", *third)]).common == []
+
+
+def test_tasks_that_need_no_edge_in_any_model_compare_nothing(tmp_path):
+    models = [model_rows(3.0, {"a": 0, "b": n}, width=n) for n in (0, 5)]
+    study = read_study([write_rows(tmp_path, *models)])
+    assert (study.common, study.trivial) == (["b"], ["a"])
+    assert any(told.startswith("No model needs an edge for a:") for told in cautions(study, summarise(study), []))
 
 
 def test_losses_over_other_windows_are_told(tmp_path):

@@ -96,7 +96,7 @@ def test_two_points_at_one_place_are_both_on_the_front():
 
 def test_a_circuit_without_edges_counts_as_one_edge(tmp_path):
     [found] = summarise(read_study([write_rows(tmp_path, model_rows(3.0, {"a": 0, "b": 16}))]))
-    assert found["means"]["common"].mean == pytest.approx(4)
+    assert found["means"]["own"].mean == pytest.approx(4)
 
 
 def test_resampled_means_vary_as_means_do():
