@@ -33,16 +33,15 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
     """What a reader must know before taking the picture for an answer."""
     seeds = [len(setting.models) for setting in study.settings]
     told = []
-    n_reached, n_missing = (
-        len({task for model in study.models for task in model.reached}),
-        sum(f["means"]["common"].mean is None for f in found),
-    )
+    n_reached = len({task for model in study.models for task in model.reached})
+    n_missing = sum(f["means"]["common"].mean is None for f in found)
     if not study.common:
         told.append("No task is reached by more than half of the settings, so there is no mean over the same tasks.")
     elif n_missing or len(study.common) < n_reached:
+        missing = f"; {n_missing} of {len(found)} settings miss one and stand at the upper edge" if n_missing else ""
         told.append(
             f"The same tasks for all are {len(study.common)} of the {n_reached} that some model reaches, by which most "
-            f"circuits are compared; {n_missing} of {len(found)} settings miss one and stand at the upper edge."
+            f"circuits are compared{missing}."
         )
     if study.trivial:
         told.append(f"No model needs an edge for {', '.join(study.trivial)}: not among the same tasks for all.")

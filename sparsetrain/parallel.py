@@ -66,7 +66,8 @@ def joined(config: RunConfig, device: torch.device) -> Iterator[None]:
     if rank():
         logging.getLogger("sparsetrain").setLevel(logging.ERROR)  # the first says it all
     log.info("%d processes train together", n_ranks())
-    yield
+    with _others():
+        yield
     if begins:  # not after an error: the others may be gone, or wait for ever
         dist.destroy_process_group()
 
@@ -104,10 +105,12 @@ def _join(device: torch.device) -> None:
 
 @contextmanager
 def _others(what: str = "are gone") -> Iterator[None]:
-    """Say in our words what a collective raises."""
+    """Say in our words what a collective raises: ours, FSDP's, or that of the projection."""
     try:
         yield
     except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
         said = str(error).splitlines()[0]
         raise ParallelError(
             f"the other processes {what} ({said}); the same command goes on from the last checkpoint"
@@ -136,8 +139,7 @@ def n_mine(n_rows: int) -> int:
 def sum_(x: Tensor) -> Tensor:
     """Add up a tensor over all processes, in place; x itself."""
     if n_ranks() > 1:
-        with _others():
-            dist.all_reduce(x)
+        dist.all_reduce(x)
     return x
 
 
@@ -163,6 +165,8 @@ def average_(tensors: Iterable[Tensor]) -> None:
 
 def shard_(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
     """Leave this process its rows of every parameter, on the device; a pass gathers a block's when it comes to it.
+
+    The host has to hold the whole model once for each of its processes, at the start and when a run is resumed.
 
     Args:
         model: whose `loss` is called, beside `forward`.
@@ -226,9 +230,8 @@ def refuse_drift(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         return
     bits = torch.stack([p.contiguous().view(torch.int32).sum() for p in held.values()]).cpu()
     least, most = bits.clone(), bits.clone()
-    with _others():
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
     if drifted := [name for name, same in zip(held, least == most, strict=True) if not same]:
         raise ParallelError(
             f"all processes must hold the same weights, got others of {', '.join(drifted)}; run them on one kind of "

@@ -199,6 +199,18 @@ def test_a_killed_process_ends_the_job_and_leaves_whole_checkpoints(tiny, tmp_pa
     assert len(found) >= 3 and [checkpoint.read_state(f)["step"] for f in found] == list(range(1, len(found) + 1))
 
 
+def test_a_process_whose_others_are_gone_says_so_and_how_to_go_on(tiny, tmp_path):
+    arguments = [*tiny, SHARDED, f"run.out={tmp_path}", "train.steps=3000", "train.checkpoint_every=9999"]
+    port = ranks.free_port()
+    first, second = (start([], arguments, **ranks.environment(rank, port)) for rank in range(ranks.N))
+    wait_for(tmp_path / "run" / "metrics.jsonl")
+    second.kill()
+    said = first.communicate(timeout=120)[1]
+    assert "the other processes are gone (" in said and "the same command goes on from the last checkpoint" in said
+    assert "Traceback" not in said and first.returncode == 1
+    second.communicate()
+
+
 @pytest.mark.parametrize(
     "arguments, environment, device, message",
     [
