@@ -1,6 +1,7 @@
 """What `sparsetrain frontier` writes, and what a reader can do with the page in a browser."""
 
 import json
+import math
 import os
 import xml.etree.ElementTree as ElementTree
 
@@ -200,16 +201,26 @@ def test_labels_of_a_crowd_hide_nothing(open_page, tmp_path):
     ruled_sweep(tmp_path, range(64, 144, 8), [0.5 * 0.9**i for i in range(12)], n_seeds=1, n_tasks=3)
     write_frontier([tmp_path])
     page = open_page(tmp_path / "frontier.html")
-    labels = columns(page, "labels")
-    boxes = page.evaluate(
+    labels, points = columns(page, "labels"), columns(page, "points")
+    x0, x1, width, y0, y1, height = page.evaluate(
         """() => {
             const { x_range, y_range, inner_width, inner_height } = Bokeh.documents[0].get_model_by_name("frontier");
-            return { x: [x_range.start, x_range.end, inner_width], y: [y_range.start, y_range.end, inner_height] };
+            return [x_range.start, x_range.end, inner_width, y_range.start, y_range.end, inner_height];
         }"""
     )
-    assert 10 < len(labels["text"]) < 130
-    placed = sorted(zip(*(labels[key] for key in ("x", "y", "dx", "dy", "align")), strict=True))
-    assert len({*placed}) == len(placed) and boxes["x"][2] > 400
+
+    def pixels(x, y):
+        return (x - x0) / (x1 - x0) * width, (1 - math.log(y / y0) / math.log(y1 / y0)) * height
+
+    boxes = [(a - 4, b - 4, a + 4, b + 4) for a, b in map(pixels, points["x"], points["y"])]
+    n = len(boxes)
+    for x, y, text, dx, dy, align in zip(*(labels[k] for k in ("x", "y", "text", "dx", "dy", "align")), strict=True):
+        (a, b), long = pixels(x, y), 5.5 * len(text)  # a digit of the font is 6 wide
+        left = a + dx - (long if align == "right" else 0)
+        boxes.append((left, b + dy - 4, left + long, b + dy + 4))
+    assert 10 < len(boxes) - n < 130
+    for i, (l, t, r, m) in enumerate(boxes[n:], n):
+        assert not any(l < r2 and l2 < r and t < m2 and t2 < m for l2, t2, r2, m2 in boxes[:i]), i
 
 
 def test_a_moved_sweep_keeps_its_links(swept, tmp_path):

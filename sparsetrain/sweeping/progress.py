@@ -15,6 +15,7 @@ from sparsetrain.sweeping.complete import Over, left_jobs, under_way
 from sparsetrain.sweeping.plan import duration
 from sparsetrain.sweeping.points import Point
 from sparsetrain.sweeping.records import LOG
+from sparsetrain.sweeping.rows import outcomes
 from sparsetrain.sweeping.sweep_config import Sweep
 
 SHOWN = 8  # points under way, at most
@@ -96,9 +97,8 @@ class Progress:
 def _numbers(rows: list[dict[str, Any]]) -> str:
     if not rows or rows[0]["val_loss"] is None:
         return ""
-    tasks = [row for row in rows if row["task"]]
-    reached = sum(row["reached"] is True for row in tasks)
-    return f"held-out loss {rows[0]['val_loss']:.3f}, " + (f"{reached} of {len(tasks)} tasks, " if tasks else "")
+    tasks = outcomes(rows)
+    return f"held-out loss {rows[0]['val_loss']:.3f}, " + (f"{sum(tasks)} of {len(tasks)} tasks, " if tasks else "")
 
 
 def _how_far(point: Point) -> str:

@@ -1,14 +1,14 @@
 """Rows of a sweep, one for each task of each point, made of what the run directories hold and of nothing else."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sparsetrain.config import value_of
 from sparsetrain.files import write_whole
 from sparsetrain.sweeping.points import Point
-from sparsetrain.sweeping.records import Recorded, is_done
+from sparsetrain.sweeping.records import Recorded, is_done, is_impossible
 from sparsetrain.sweeping.sweep_config import Sweep
 
 ROWS = "rows.jsonl"
@@ -72,6 +72,11 @@ def _tasks(sweep: Sweep, found: dict) -> Iterator[tuple[str, dict[str, Any], str
             loss = score["calibrated_loss"] if score["loss"] is not None else None
             why = score["reason"] or f"the full model's calibrated loss of {loss:.3f} is above the target"
             yield task, {"reached": False, "full_model_loss_calibrated": loss, "why": why}, None
+
+
+def outcomes(rows: Iterable[dict[str, Any]]) -> list[bool]:
+    """Whether the target was reached, of each task; one that no prompt suits or whose search failed has no outcome."""
+    return [row["reached"] for row in rows if row["task"] and row["reached"] is not None and not is_impossible(row)]
 
 
 def write_rows(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from sparsetrain.sweeping.rows import outcomes
+
 Row = dict[str, Any]
 
 
@@ -70,12 +72,11 @@ def _by_seed(rows: list[Row]) -> list[list[Row]]:
 def _model_line(rows: list[Row], keys: list[str], further: list[str]) -> list[Any]:
     models = _by_seed(rows)
     firsts = [of[0] for of in models]
-    tasks = [row for row in rows if row["task"]]
-    reached = sum(row["reached"] is True for row in tasks)
+    tasks = outcomes(rows)
     failed = sum(any(row["error"] for row in of) for of in models)
     return [
         *_name(rows, keys), len(models), *(_mean(firsts, key) for key in ("n_nonzero", "val_loss", "train_seconds")),
-        f"{reached} of {len(tasks)}" if tasks else "", mean_and_deviation(map(_geometric_mean_edges, models)),
+        f"{sum(tasks)} of {len(tasks)}" if tasks else "", mean_and_deviation(map(_geometric_mean_edges, models)),
         *(_mean(firsts, key) for key in further), failed or "",
     ]  # fmt: skip
 
