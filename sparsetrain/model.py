@@ -99,9 +99,29 @@ class Transformer(nn.Module):
 
         return visit
 
-    def final_resid(self, tokens: Tensor, visit: Visit | None = None) -> Tensor:
-        """The residual stream (B, T, D) before the last norm."""
+    def final_resid(self, tokens: Tensor, visit: Visit | None = None, at: Tensor | None = None) -> Tensor:
+        """The residual stream (B, T, D) before the last norm.
+
+        Args:
+            tokens: (B, T).
+            visit: called at each site with its activation, for which it gives another.
+            at: (B, P) positions: the last block computes what comes after its keys and values at these alone, and so
+                are its later sites and what is returned, (B, P, D). None: all positions.
+        """
         visit = visit or _pass
+        x, p = self.embedded(tokens)
+        x = visit("embed", x)
+        for l, block in enumerate(self.blocks):
+            prefix = "" if visit is _pass else f"blocks.{l}."  # one for all, lest each block be compiled for its own
+            positions = at if l == self.options.n_layers - 1 else None
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, p, prefix, visit, positions, use_reentrant=False)
+            else:
+                x = block(x, p, prefix, visit, positions)
+        return visit("final_resid", x)
+
+    def embedded(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The residual stream (B, T, D) before the first block, and the positions (T, d_pos) read beside it."""
         x = self.embed(tokens)
         p = None
         if self.options.positions != "none":
@@ -110,14 +130,7 @@ class Transformer(nn.Module):
                 x, p = x + p, None
         if any(m.active is not None for m in self.modules() if isinstance(m, Linear)):
             x = channel_major(x)
-        x = visit("embed", x)
-        for l, block in enumerate(self.blocks):
-            prefix = "" if visit is _pass else f"blocks.{l}."  # one for all, lest each block be compiled for its own
-            if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, p, prefix, visit, use_reentrant=False)
-            else:
-                x = block(x, p, prefix, visit)
-        return visit("final_resid", x)
+        return x, p
 
     def logits(self, resid: Tensor, tokens: Tensor) -> Tensor:
         """Logits (..., V) from the final residual (..., D) and the current tokens (...)."""
@@ -147,9 +160,21 @@ class Block(nn.Module):
         self.attn = Attention(options)
         self.mlp = Mlp(options)
 
-    def forward(self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit) -> Tensor:
+    def forward(self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit, at: Tensor | None = None) -> Tensor:
+        return self.think(*self.look(x, p, prefix, visit, at), prefix, visit)
+
+    def look(
+        self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The half that attends: the residual stream after it and the positions beside it, of `at` alone if given."""
         x = visit(prefix + "resid_pre", x)
-        x = visit(prefix + "resid_mid", x + self.attn(x, p, prefix, visit))
+        written = self.attn(x, p, prefix, visit, at)
+        if at is not None:
+            x, p = taken(x, at), None if p is None else p[at]
+        return visit(prefix + "resid_mid", x + written), p
+
+    def think(self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit) -> Tensor:
+        """The half of the MLP."""
         return visit(prefix + "resid_post", x + self.mlp(x, p, prefix, visit))
 
 
@@ -167,11 +192,15 @@ class Attention(nn.Module):
         self.out = Linear(d, d, bias=options.bias)
         self.sink = nn.Parameter(torch.zeros(d // options.d_head)) if options.sink else None
 
-    def forward(self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit) -> Tensor:
+    def forward(self, x: Tensor, p: Tensor | None, prefix: str, visit: Visit, at: Tensor | None = None) -> Tensor:
         read = visit(prefix + "attn_in", self.norm(x, p, self.topk.attn_in))
         shares = self.topk.q, self.topk.k, self.topk.v
         q, k, v = (visit(prefix + name, part) for name, part in zip("qkv", thirds(self.qkv(read), shares), strict=True))
-        z = visit(prefix + "z", attend(q, k, v, self.sink, self.d_head, self.causal))
+        if at is None:
+            z = attend(q, k, v, self.sink, self.d_head, self.causal)
+        else:
+            z = attend_at(taken(q, at), k, v, self.sink, self.d_head, at if self.causal else None)
+        z = visit(prefix + "z", z)
         return visit(prefix + "attn_out", keep(self.out(z), self.topk.attn_out))
 
 
@@ -211,6 +240,29 @@ class Norm(nn.Module):
         p = self.pos(p).expand(x.shape[0], -1, -1)
         x = torch.cat([x.mT, p.mT], dim=-2).mT if is_channel_major(x) else torch.cat([x, p], dim=-1)
         return keep(x, fraction)
+
+
+def taken(x: Tensor, at: Tensor) -> Tensor:
+    """(B, P, D): of x (B, T, D) the positions `at` (B, P)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], at]
+
+
+def attend_at(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, d_head: int, at: Tensor | None) -> Tensor:
+    """`attend` of a few queries (B, P, D) to keys and values (B, T, D): (B, P, D).
+
+    Args:
+        q, k, v, sink, d_head: as `attend` takes them.
+        at: (B, P) the queries' positions, after which no key is seen; None: all keys are.
+    """
+    q, k, v = (x.unflatten(-1, (-1, d_head)).transpose(1, 2) for x in (q, k, v))  # (B, H, P or T, K)
+    scores = q @ k.mT / math.sqrt(d_head)
+    if at is not None:
+        later = torch.arange(k.shape[2], device=k.device) > at[:, None, :, None]
+        scores = scores.masked_fill(later, -math.inf)
+    if sink is not None:
+        scores = torch.cat([scores, sink.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
+    return (weights @ v).transpose(1, 2).flatten(2)
 
 
 def make_norm(options: ModelOptions, width: int) -> nn.Module:

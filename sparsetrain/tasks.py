@@ -83,6 +83,11 @@ class TaskData:
         """(N,) the last position that is read."""
         return self.last if self.last.dim() == 1 else self.last.amax(1)
 
+    @property
+    def read_at(self) -> Tensor:
+        """(N, P) the positions that are read."""
+        return self.last if self.last.dim() == 2 else self.last[:, None]
+
     def trimmed(self) -> "TaskData":
         """The same prompts without the positions after the last that is read in any of them."""
         n = int(self.end.max()) + 1

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetrain.model import Edit, Transformer
+from sparsetrain.model import Edit, Transformer, taken
 from sparsetrain.pruning.ablation import BATCH, Ablation, draw_places, site_reader
 from sparsetrain.pruning.graph import NodeSet, node_sites
 from sparsetrain.tasks import TaskData
@@ -51,15 +51,29 @@ def answer_logits(model: Transformer, data: TaskData, masks: NodeSet, ablation: 
     """Logits (N, V) after the last token of each prompt, with all nodes outside `masks` ablated."""
     data = data.trimmed()
     replacements = ablation.replacements(site_reader(model, node_sites(model.options)), data, places)
-    resid = model.final_resid(data.tokens, model.visitor({}, (), mask_edits(masks, replacements)))
-    return logits_at_answers(model, resid, data)
+    visit = model.visitor({}, (), mask_edits(masks, at_answers(model, replacements, data)))
+    return logits_of(model, model.final_resid(data.tokens, visit, data.read_at), data)
+
+
+def at_answers(model: Transformer, replacements: Mapping[str, Tensor], data: TaskData) -> dict[str, Tensor]:
+    """Replacements of node sites for `final_resid` at the positions that are read alone."""
+    last = f"blocks.{model.options.n_layers - 1}."
+    late = {"final_resid", *(last + name for name in ("attn_out", "mlp_in", "mlp_act", "mlp_out"))}
+    return {
+        site: taken(x.expand(len(data), -1, -1), data.read_at) if site in late and x.shape[-2] > 1 else x
+        for site, x in replacements.items()
+    }
+
+
+def logits_of(model: Transformer, resid: Tensor, data: TaskData) -> Tensor:
+    """Logits (N, V), or (N, P, V) where each prompt is read at P positions, from the final residual there (N, P, D)."""
+    found = model.logits(resid, data.tokens.gather(1, data.read_at))
+    return found if data.last.dim() == 2 else found[:, 0]
 
 
 def logits_at_answers(model: Transformer, resid: Tensor, data: TaskData) -> Tensor:
-    """Logits (N, V), or (N, P, V) where each prompt is read at P positions, from the final residual (N, T, D)."""
-    rows = torch.arange(len(data), device=resid.device)
-    rows = rows if data.last.dim() == 1 else rows[:, None]
-    return model.logits(resid[rows, data.last], data.tokens[rows, data.last])
+    """The same from the final residual at all positions (N, T, D)."""
+    return logits_of(model, taken(resid, data.read_at), data)
 
 
 @torch.no_grad()

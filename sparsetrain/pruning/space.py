@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sparsetrain.model import Transformer
-from sparsetrain.pruning import attribution, component_graph, edges, evaluate, graph
+from sparsetrain.pruning import attribution, component_graph, edges, graph
 from sparsetrain.pruning.ablation import Ablation, site_reader
 from sparsetrain.pruning.edges import EdgeGraph, EdgeSet
 from sparsetrain.pruning.graph import NodeSet
+from sparsetrain.pruning.replay import Replay
 from sparsetrain.tasks import TaskData
 
 Units = dict[str, Tensor]
@@ -68,11 +69,14 @@ class NodeSpace:
 
     def __init__(self, model: Transformer, tie_qk: bool):
         self.model, self.tie_qk = model, tie_qk
+        self.replay: Replay | None = None  # of the prompts and the ablation that were last asked for
         self.everything = graph.full(model)
         self.read = site_reader(model, list(self.everything))
 
     def logits(self, data: TaskData, kept: Units, ablation: Ablation) -> Tensor:
-        return evaluate.all_answer_logits(self.model, data, kept, ablation)
+        if self.replay is None or self.replay.data is not data or self.replay.ablation is not ablation:
+            self.replay = Replay(self.model, data, ablation)
+        return self.replay.logits(kept)
 
     def top(self, ranking: dict[str, Tensor], n: int) -> Units:
         """Ties of rank go to earlier sites; more than n where only one of a tied pair is among them."""
