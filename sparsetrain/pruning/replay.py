@@ -19,6 +19,7 @@ class _Run:
     """A node set that was run, and the residual streams before some halves of blocks, of each part of the prompts."""
 
     nodes: NodeSet
+    flat: Tensor  # all its masks, on the CPU
     before: dict[int, list[Tensor]]
 
 
@@ -47,29 +48,32 @@ class Replay:
             self.replacements.append(at_answers(model, ablation.replacements(read, part, places), part))
         self.n_halves = 2 * model.options.n_layers
         width = model.options.d_model * model.embed.weight.element_size()
-        n_bytes = 2 * self.n_halves * width * sum(part.tokens.numel() for part in self.parts)
+        n_bytes = 3 * self.n_halves * width * sum(part.tokens.numel() for part in self.parts)
         self.stride = -(-n_bytes // KEPT_BYTES)
+        sites = node_sites(model.options).items()
+        self.half_of = torch.cat([torch.full((n,), _half(site, self.n_halves)) for site, n in sites])
         self.base: _Run | None = None
         self.last: _Run | None = None
 
     @torch.no_grad()
     def logits(self, nodes: NodeSet) -> Tensor:
         """Logits (N, V) after each prompt, (N, P, V) where they are read at P positions, with other nodes ablated."""
-        if self.last and _is_within(nodes, self.last.nodes):  # the last try was taken, and is what is tried from
+        run, first = _Run(nodes, torch.cat([nodes[s] for s in node_sites(self.model.options)]).cpu(), {}), 0
+        if self.last and not (run.flat & ~self.last.flat).any():  # the last try was taken, and is what is tried from
             self.base = self.last
-        run, first = _Run(nodes, {}), 0
         for known in (self.base, self.last):
-            if known and (half := self._first(known, nodes)) > first:
+            if known and (half := self._first(known, run)) > first:
                 first = half
                 run.before = {i: x for i, x in known.before.items() if i <= first}
         found = [self._logits(i, first, run) for i in range(len(self.parts))]
         self.last = run
         return torch.cat(found)[torch.cat(self.rows).argsort()]
 
-    def _first(self, run: _Run, nodes: NodeSet) -> int:
-        """The half of a block to begin with: the last one whose residual stream is kept and as it was in a run."""
-        changed = [_half(site, self.n_halves) for site in nodes if not torch.equal(nodes[site], run.nodes[site])]
-        return max((half for half in run.before if half <= min(changed, default=self.n_halves)), default=0)
+    def _first(self, known: _Run, run: _Run) -> int:
+        """The half of a block to begin with: the last one whose residual stream is kept and the same in both runs."""
+        changed = self.half_of[known.flat != run.flat]
+        until = int(changed.min()) if len(changed) else self.n_halves
+        return max((half for half in known.before if half <= until), default=0)
 
     def _logits(self, i: int, first: int, run: _Run) -> Tensor:
         part, model = self.parts[i], self.model
@@ -97,7 +101,3 @@ def _half(site: str, n_halves: int) -> int:
         return n_halves
     _, layer, name = site.split(".")
     return 2 * int(layer) + name.startswith("mlp")
-
-
-def _is_within(nodes: NodeSet, others: NodeSet) -> bool:
-    return all(bool((others[site] | ~mask).all()) for site, mask in nodes.items())
