@@ -7,6 +7,7 @@ from pathlib import Path
 
 FOUND = {
     "n_nodes": 7, "task_loss": 0.14, "completeness_loss": 0.7, "kl": 1.0, "graph": "channel", "target_loss": 0.15,
+    "size": None,
 }  # fmt: skip
 OPEN, FAILED, IMPOSSIBLE = "open", "failed", "impossible"  # in place of a task's edges; None: not reached
 
@@ -62,7 +63,32 @@ def ruled_sweep(folder: Path, widths, densities, n_seeds=2, n_tasks=20, dense=2.
     return write_rows(folder, *models)
 
 
+def as_run(folder: Path) -> None:
+    """The files that a frontier reads beside the rows, as if the sweep in a folder had been run, with its 20 tasks."""
+    from sparsetrain.sweeping.points import expand
+    from sparsetrain.sweeping.sweep_config import SWEEP, load_sweep, sweep_to_yaml
+
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    varied = {key: sorted({row["values"][key] for row in rows}) for key in rows[0]["values"]}
+    asked = [f"grid.{key}={values}" for key, values in varied.items()]
+    seeds = sorted({row["seed"] for row in rows})
+    base = "base=[model.d_head=8,sparsity.min_alive=0]"
+    config = load_sweep([base, *asked, f"seeds={seeds}", f"out={folder.parent}", f"name={folder.name}"])
+    (folder / SWEEP).write_text(sweep_to_yaml(config))
+    points = {(*point.values.values(), point.seed): point for point in expand(config)}
+    corpus = {"tokenizer_sha256": "x", "tokens": {"val": 1000}}
+    for row in rows:
+        point = points[*row["values"].values(), row["seed"]]
+        row |= {"point": point.id, "arm": "", "values": point.values}
+        circuit = point.folder / "circuits" / row["task"] / "node_masks"
+        circuit.mkdir(parents=True)
+        (circuit / "circuit.json").write_text("{}")
+        (point.folder / "environment.json").write_text(json.dumps({"corpus": corpus}))
+    write_rows(folder, rows)
+
+
 if __name__ == "__main__":  # a sweep of 1,000 runs, to see how long a page takes
     import sys
 
-    ruled_sweep(Path(sys.argv[1]), range(32, 192, 8), [0.5 * 0.8**i for i in range(24)])
+    made = ruled_sweep(Path(sys.argv[1]), range(32, 192, 8), [0.5 * 0.8**i for i in range(24)])
+    as_run(made)

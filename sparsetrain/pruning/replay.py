@@ -34,14 +34,13 @@ class Replay:
         model: the model.
         data: the prompts.
         ablation: what replaces nodes.
-        seed: for the places of a bank.
     """
 
-    def __init__(self, model: Transformer, data: TaskData, ablation: Ablation, seed: int = 0):
+    def __init__(self, model: Transformer, data: TaskData, ablation: Ablation):
         self.model, self.data, self.ablation = model, data, ablation
         self.rows, self.parts, self.replacements = [], [], []
         read = site_reader(model, node_sites(model.options))
-        for rows, part, places in parts(data, ablation, seed):
+        for rows, part, places in parts(data, ablation, seed=0):
             part = part.trimmed()
             self.rows.append(rows)
             self.parts.append(part)
