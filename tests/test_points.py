@@ -65,6 +65,14 @@ def test_arms_that_differ_in_what_makes_them_sparse_share_their_dense_baselines(
                                       for _ in range(2)]  # fmt: skip
 
 
+def test_dense_baselines_may_have_widths_of_their_own():
+    """So that their losses overlap with those of sparse models, which are worse at equal width."""
+    dense = "dense=['grid.model.d_model=[16,32]']"
+    found = expanded("grid.sparsity.density=[0.25,0.5]", "grid.model.d_model=[64]", dense)
+    assert [(p.arm, p.config.model.d_model) for p in found] == [("", 64), ("", 64), ("dense", 16), ("dense", 32)]
+    assert found[2].values == {"sparsity.density": 1.0, "model.d_model": 16}
+
+
 def test_the_share_of_all_sites_is_varied_as_one_key():
     found = expanded("grid.model.abs_topk=[0.5,0.25]", "arms.a=[]", "arms.one=[model.abs_topk=1]", "dense=[]")
     told = [(p.arm, p.values, *{*vars(p.config.model.abs_topk).values()}) for p in found]

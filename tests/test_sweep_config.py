@@ -81,6 +81,11 @@ def test_all_problems_are_told_at_once():
         (["seeds=[0,1]", "n_samples=2"], "n_samples must be at least 1 with samples and 0 without"),
         (["samples.optim.lr=[uniform,0,1]"], "n_samples must be at least 1"),
         (["seeds=[0,1]", "prune=[target_los=1]"], "did you mean target_loss?"),
+        (
+            ["grid.optim.lr=[1]", "dense=['grid.model.norm=[rms]']"],
+            "dense: grid.model.norm must be in the sweep's grid",
+        ),
+        (["grid.optim.lr=[1]", "dense=[grid.optim.lr=2]"], "dense: grid.optim.lr must be a list of at least one value"),
         (["seeds=[0,1]", "engine.cpus=0"], "engine.cpus must be at least 1, got 0"),
         (["seeds=[0,1]", "engine.memory=0"], "engine.memory must be at least 0.1, got 0.0"),
         (["seeds=[0,1]", "engine.kind=rya"], "engine.kind must be serial|ray|slurm, got 'rya'"),

@@ -22,6 +22,7 @@ DENSE = {
 }  # fmt: skip
 SPARSE_SECTIONS = ("sparsity.", EVERY_SITE, "locality.")
 LONGEST_ID = 100
+Axes = list[list[dict[str, Any]]]  # of each axis the settings to choose from: values by key
 Cell = tuple[str, dict[str, Any], RunConfig]  # arm, values and config of a point, but for its seed
 
 
@@ -75,10 +76,12 @@ def expand(sweep: Sweep, draws: list[Draw] | None = None) -> list[Point]:
             other; or two points would share a directory. All problems are listed at once.
     """
     problems: list[str] = []
-    axes = _typed_axes(sweep, known_draws(sweep) if draws is None else draws, problems)
+    draws = known_draws(sweep) if draws is None else draws
+    axes = _typed_axes(sweep, draws, problems)
+    dense_axes = _typed_axes(replace(sweep, grid=sweep.grid | sweep.dense_grid), draws, problems)
     arms = list(_arms(sweep, problems))
     _raise(problems)
-    cells = list(_all_cells(sweep, arms, axes, problems))
+    cells = list(_all_cells(sweep, arms, axes, dense_axes, problems))
     if sweep.options.adaptive and cells:
         return _different([_point(sweep, *cell, seed) for cell in cells for seed in sweep.options.seeds])
     _raise(problems)
@@ -97,7 +100,8 @@ def _arms(sweep: Sweep, problems: list[str]) -> Iterator[tuple[str, RunConfig, s
             base, own = read_leaves(sweep.options.base), read_leaves(items)
             yield name, config_from_dict(RunConfig, base | own), _with_every_site(own), False
             if sweep.options.dense is not None:
-                own |= DENSE | read_leaves(sweep.options.dense)
+                others = read_leaves(sweep.options.dense).items()
+                own |= DENSE | {key: value for key, value in others if not key.startswith("grid.")}
                 sparse = {key for key in (*sweep.grid, *sweep.samples) if key.startswith(SPARSE_SECTIONS)}
                 dense = config_from_dict(RunConfig, base | own)
                 yield "-".join(filter(None, (name, "dense"))), dense, _with_every_site(own) | sparse, True
@@ -111,7 +115,7 @@ def _with_every_site(keys: Mapping[str, Any]) -> set[str]:
     return {*keys} | ({EVERY_SITE} if any(key.startswith(f"{EVERY_SITE}.") for key in keys) else set())
 
 
-def _typed_axes(sweep: Sweep, draws: list[Draw], problems: list[str]) -> list[list[dict[str, Any]]]:
+def _typed_axes(sweep: Sweep, draws: list[Draw], problems: list[str]) -> Axes:
     """For the grid's keys and for the draws: the settings to choose from, each checked alone."""
     axes = [(f"grid.{key}", [{key: value} for value in values]) for key, values in sweep.grid.items()]
     if sweep.samples:
@@ -151,13 +155,12 @@ def _typed(key: str, value: Any) -> Any:
 
 
 def _all_cells(
-    sweep: Sweep, arms: list[tuple[str, RunConfig, set[str], bool]], axes: list[list[dict[str, Any]]],
-    problems: list[str],
-) -> Iterator[Cell]:  # fmt: skip
+    sweep: Sweep, arms: list[tuple[str, RunConfig, set[str], bool]], axes: Axes, dense_axes: Axes, problems: list[str]
+) -> Iterator[Cell]:
     """The combinations of all arms; those that differ only in what makes them sparse share their dense baselines."""
     baselines = set()
     for name, base, own, dense in arms:
-        for cell in _cells(sweep, name, base, own, axes, problems):
+        for cell in _cells(sweep, name, base, own, dense_axes if dense else axes, problems):
             same = json.dumps(identity(cell[2]), sort_keys=True)
             if not dense or same not in baselines:
                 yield cell
@@ -165,9 +168,7 @@ def _all_cells(
                 baselines.add(same)
 
 
-def _cells(
-    sweep: Sweep, name: str, base: RunConfig, own: set[str], axes: list[list[dict[str, Any]]], problems: list[str]
-) -> Iterator[Cell]:
+def _cells(sweep: Sweep, name: str, base: RunConfig, own: set[str], axes: Axes, problems: list[str]) -> Iterator[Cell]:
     """Arm, values and config of every combination; an arm's own keys are not crossed."""
     free = [_without(own, settings) for settings in axes]
     try:

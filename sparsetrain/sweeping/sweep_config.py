@@ -38,6 +38,7 @@ class Sweep:
         grid: values of each key.
         arms: files and overrides of each variant, by name.
         samples: (kind, low, high) of each key, or ("choice", value, ...).
+        dense_grid: values of some of the grid's keys in place of its own, for the dense baselines.
         prune: how tasks are pruned.
     """
 
@@ -45,6 +46,7 @@ class Sweep:
     grid: dict[str, list[Any]]
     arms: dict[str, list[str]]
     samples: dict[str, tuple[Any, ...]]
+    dense_grid: dict[str, list[Any]]
     prune: PruneConfig
 
 
@@ -63,6 +65,10 @@ def load_sweep(arguments: Sequence[str]) -> Sweep:
     problems = [*_grid_problems(grid), *_arm_problems(arms), *_sample_problems(samples)]
     options = _tried(problems, config_from_dict, SweepOptions, leaves)
     prune = options and _tried(problems, load_config, PruneConfig, options.prune)
+    dense = _tried(problems, read_leaves, options.dense or []) if options else None
+    dense_grid = _take(dense or {}, "grid")
+    problems += [f"dense: {told}" for told in _grid_problems(dense_grid)]
+    problems += [f"dense: grid.{key} must be in the sweep's grid too" for key in dense_grid if key not in grid]
     if options:
         problems += [*_option_problems(options, samples), *options.engine.problems()]
         if options.adaptive:
@@ -74,7 +80,7 @@ def load_sweep(arguments: Sequence[str]) -> Sweep:
             problems.append("a sweep must vary something, got neither grid, arms, samples nor a second seed")
     if problems:
         raise ConfigError("\n".join(problems))
-    return Sweep(options, grid, arms, {key: tuple(drawn) for key, drawn in samples.items()}, prune)
+    return Sweep(options, grid, arms, {key: tuple(drawn) for key, drawn in samples.items()}, dense_grid, prune)
 
 
 def read_leaves(arguments: Sequence[str]) -> dict[str, Any]:

@@ -64,8 +64,8 @@ class SweepOptions:
     base: list[str] = option([], "what all runs share: FILE.yaml and KEY=VALUE, as `sparsetrain train` takes them")
     seeds: list[int] = option([0], "run.seed of the points; all else is done once for each")
     dense: list[str] | None = option(
-        None, "add to each arm its dense baseline of equal depth and width, with these files and overrides besides "
-        "(`optim.lr=0.01`, say); [] adds it as it is; null: none",
+        None, "add to each arm its dense baselines of equal depth and width, with these files and overrides besides "
+        "(`optim.lr=0.01`, say; `grid.model.d_model=[16,32]`: other widths); [] adds them as they are; null: none",
     )  # fmt: skip
     n_samples: int = option(0, "draws from `samples`", low=0)
     sample_seed: int = option(0, "seed of the draws; the first draws of more are the same", low=0)
