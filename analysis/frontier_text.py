@@ -63,8 +63,8 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
         told.append("There is no dense baseline, so nothing is said about how much circuits shrink; see `dense`.")
     elif all("nearest" in row for row in factors):
         told.append(
-            "No line of sparse models overlaps in loss with a dense one; the baselines may have widths of their own, see "
-            "`dense`."
+            "No line of sparse models overlaps in loss with a dense one; the baselines may have widths of their own, "
+            "see `dense`."
         )
     if study.missing:
         told.append(f"Not finished: {len(study.missing)} things are missing or failed, listed below.")
