@@ -118,7 +118,8 @@ def equal_capability(study: Study, lines: Sequence[Line]) -> list[dict[str, Any]
     """How much smaller circuits are than those of dense baselines of the same held-out loss.
 
     Log edges are interpolated between neighbours on each line, task by task, at every loss that a setting of one of the
-    two lines has and that both lines cover; only tasks that all models of the neighbours reach are compared.
+    two lines has and that both lines cover; only tasks that all models of the neighbours reach are compared, and of
+    these not those that none of them needs an edge for.
 
     Args:
         study: what is compared.
@@ -193,10 +194,14 @@ def _around(line: list[Setting], loss: float) -> tuple[Setting, Setting]:
 def _at(
     study: Study, ours: tuple, theirs: tuple, loss: float, drawn: dict[int, np.ndarray], rng: np.random.Generator
 ) -> dict[str, Any]:
-    logs = {id(s): s.log_edges(study.tasks) for s in (*ours, *theirs)}
-    shared = np.all([~np.isnan(found).any(0) for found in logs.values()], axis=0)
-    n_tasks = int(shared.sum())
-    circuits = _circuits({id(s): s for s in (*ours, *theirs)}.values(), np.array(study.tasks)[shared])
+    compared = {id(s): s for s in (*ours, *theirs)}
+    logs = {key: s.log_edges(study.tasks) for key, s in compared.items()}
+    reached = np.all([~np.isnan(found).any(0) for found in logs.values()], axis=0)
+    tasks = [task for task, there in zip(study.tasks, reached, strict=True) if there]
+    tasks = [task for task in tasks if any(row["n_edges"] for row in _circuits(compared.values(), [task]))]
+    shared = np.isin(study.tasks, tasks)
+    n_tasks = len(tasks)
+    circuits = _circuits(compared.values(), tasks)
     counts = {
         "loss": loss, "n_tasks": n_tasks, "n_asked": len(study.tasks), "n_circuits": len(circuits),
         "n_without_edges": sum(not row["n_edges"] for row in circuits),

@@ -60,12 +60,12 @@ def _picture(study: Study, found: Sequence[Mapping[str, Any]], ways: Mapping[str
 
 
 def _panel(axes, study: Study, found: Sequence[Mapping[str, Any]], lines: Sequence[Line]) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     mean = default_mean(study)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.3g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("held-out loss, nats per token")
     axes.set_ylabel(f"edges at {target(study)}\n({_tasks(study, mean)})")

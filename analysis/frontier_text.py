@@ -160,7 +160,7 @@ def _factor(row: Mapping[str, Any]) -> list[str]:
         return ["", "", "", f"no overlap; nearest: {a} at {loss:.3f}, {b} at {other:.3f}", ""]
     tasks = f"{row['n_tasks']} of {row['n_asked']}"
     if row["factor"] is None:
-        return [f"{row['loss']:.3f}", "", "", "no task that both reach", tasks]
+        return [f"{row['loss']:.3f}", "", "", "no task that both reach, and that needs an edge", tasks]
     numbers = [f"{row['loss']:.3f}", f"{row['edges']:,.0f}", f"{row['dense_edges']:,.0f}"]
     if row["n_without_edges"]:  # counted as one edge, so that the factor may be any
         tasks += f"; {row['n_without_edges']} of {row['n_circuits']} circuits have no edge"

@@ -104,6 +104,21 @@ def test_sides_that_share_no_task_have_no_factor(tmp_path):
     assert (row["factor"], row["n_tasks"], row["n_asked"]) == (None, 0, 2)
 
 
+def test_a_task_that_no_compared_circuit_needs_an_edge_for_is_in_no_factor(tmp_path):
+    models = (
+        grid(64, 0.5, 3.0, {"a": 0, "b": 4}),
+        grid(32, 1, 3.0, {"a": 0, "b": 8}),
+        grid(64, 1, 2.0, {"a": 9, "b": 9}),
+    )
+    study = read_study([write_rows(tmp_path, *models)])
+    [row] = equal_capability(study, all_lines(study)["size"])
+    assert (row["factor"], row["n_tasks"], row["n_circuits"]) == (pytest.approx(2), 1, 2)
+    study = read_study([write_rows(tmp_path / "none", *(of[:1] for of in models))])
+    [row] = equal_capability(study, all_lines(study)["size"])
+    assert (row["factor"], row["interval"], row["n_tasks"]) == (None, None, 0)
+    assert factor_table([row])[1][0][-2] == "no task that both reach, and that needs an edge"
+
+
 def test_a_dense_line_without_circuits_is_said_to_have_none(tmp_path):
     study = read_study([write_rows(tmp_path, grid(64, 0.5), grid(32, 1, 3.0, {"a": None}))])
     [row] = equal_capability(study, all_lines(study)["size"])
