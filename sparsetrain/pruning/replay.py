@@ -38,13 +38,12 @@ class Replay:
 
     def __init__(self, model: Transformer, data: TaskData, ablation: Ablation):
         self.model, self.data, self.ablation = model, data, ablation
-        self.rows, self.parts, self.replacements = [], [], []
-        read = site_reader(model, node_sites(model.options))
+        self.rows, self.parts, self.places = [], [], []
+        self.read = site_reader(model, node_sites(model.options))
         for rows, part, places in parts(data, ablation, seed=0):
-            part = part.trimmed()
             self.rows.append(rows)
-            self.parts.append(part)
-            self.replacements.append(at_answers(model, ablation.replacements(read, part, places), part))
+            self.parts.append(part.trimmed())
+            self.places.append(places)
         self.n_halves = 2 * model.options.n_layers
         width = model.options.d_model * model.embed.weight.element_size()
         n_bytes = 3 * self.n_halves * width * sum(part.tokens.numel() for part in self.parts)
@@ -76,7 +75,8 @@ class Replay:
 
     def _logits(self, i: int, first: int, run: _Run) -> Tensor:
         part, model = self.parts[i], self.model
-        visit = model.visitor({}, (), mask_edits(run.nodes, self.replacements[i]))
+        replacements = self.ablation.replacements(self.read, part, self.places[i])  # of all parts they may be too many
+        visit = model.visitor({}, (), mask_edits(run.nodes, at_answers(model, replacements, part)))
         x, p = model.embedded(part.tokens)
         if first:
             x = run.before[first][i]
