@@ -166,7 +166,7 @@ def read_study(folders: Sequence[str | Path]) -> Study:
         FrontierError: one holds no rows, no model is trained, no task has an outcome, or the sweeps cannot be compared
             since their target losses, corpora, tokenizers or graphs differ.
     """
-    rows = [(Path(folder), row) for folder in dict.fromkeys(map(Path, folders)) for row in _rows(Path(folder))]
+    rows = [(folder, row) for folder in dict.fromkeys(map(Path, folders)) for row in _rows(folder)]
     models = _models(rows)
     where = ", ".join(map(str, folders))
     if not models:

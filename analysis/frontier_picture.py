@@ -50,12 +50,15 @@ def _picture(study: Study, found: Sequence[Mapping[str, Any]], ways: Mapping[str
     drawn = [way for way in WAYS if way == "size" or joins[way]]
     picture = Figure(figsize=(SIZE[0] * len(drawn), SIZE[1]), layout="constrained")
     panels = picture.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
+    panels[0].set_ylabel(f"edges at {target(study)}\n({_tasks(study, default_mean(study))})")
     for axes, way in zip(panels, drawn, strict=True):
         axes.set_title(WAYS[way], loc="left", fontsize="medium", color=QUIET)
         _panel(axes, study, found, ways[way])
+    picture.draw_without_rendering()
+    picture.set_layout_engine("none")  # its places are found; else they would be again for each file
     if len(found) <= MOST_LABELLED:
-        for axes in panels:  # when all of them have their places
-            _label(picture, axes, found, [summary["means"][default_mean(study)] for summary in found])
+        for axes in panels:
+            _label(axes, found, [summary["means"][default_mean(study)] for summary in found])
     return picture
 
 
@@ -68,7 +71,6 @@ def _panel(axes, study: Study, found: Sequence[Mapping[str, Any]], lines: Sequen
     axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("held-out loss, nats per token")
-    axes.set_ylabel(f"edges at {target(study)}\n({_tasks(study, mean)})")
     values = [summary["means"][mean] for summary in found]
     for line in lines:
         _line(axes, line, found, values)
@@ -135,12 +137,11 @@ def _legend(axes, n_lines: int) -> None:
     axes.legend(handles, names, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
 
 
-def _label(picture, axes, found: Sequence[Mapping[str, Any]], values: Sequence[Value]) -> None:
-    """Beside each point how many outcomes of how many reached the target, where there is room."""
-    picture.draw_without_rendering()
+def _label(axes, found: Sequence[Mapping[str, Any]], values: Sequence[Value]) -> None:
+    """Beside each point how many outcomes of how many reached the target, where there is room, once limits stand."""
     there = [i for i, value in enumerate(values) if value.mean is not None]
     dots = axes.transData.transform([[found[i]["val_loss"], values[i].mean] for i in there] or [[0, 1]])
-    unit = picture.dpi / 72
+    unit = axes.figure.dpi / 72
     taken = [(x - 4 * unit, y - 4 * unit, x + 4 * unit, y + 4 * unit) for x, y in dots]
     for i in there:
         arrow = "↑ " if values[i].at_least else ""

@@ -78,7 +78,9 @@ def expand(sweep: Sweep, draws: list[Draw] | None = None) -> list[Point]:
     problems: list[str] = []
     draws = known_draws(sweep) if draws is None else draws
     axes = _typed_axes(sweep, draws, problems)
-    dense_axes = _typed_axes(replace(sweep, grid=sweep.grid | sweep.dense_grid), draws, problems)
+    dense_axes = axes
+    if sweep.dense_grid:
+        dense_axes = _typed_axes(replace(sweep, grid=sweep.grid | sweep.dense_grid), draws, problems)
     arms = list(_arms(sweep, problems))
     _raise(problems)
     cells = list(_all_cells(sweep, arms, axes, dense_axes, problems))
@@ -160,12 +162,14 @@ def _all_cells(
     """The combinations of all arms; those that differ only in what makes them sparse share their dense baselines."""
     baselines = set()
     for name, base, own, dense in arms:
-        for cell in _cells(sweep, name, base, own, dense_axes if dense else axes, problems):
+        if not dense:
+            yield from _cells(sweep, name, base, own, axes, problems)
+            continue
+        for cell in _cells(sweep, name, base, own, dense_axes, problems):
             same = json.dumps(identity(cell[2]), sort_keys=True)
-            if not dense or same not in baselines:
+            if same not in baselines:
                 yield cell
-            if dense:
-                baselines.add(same)
+            baselines.add(same)
 
 
 def _cells(sweep: Sweep, name: str, base: RunConfig, own: set[str], axes: Axes, problems: list[str]) -> Iterator[Cell]:
