@@ -8,10 +8,11 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command can be told."""
     parser.add_argument(
-        "what", nargs="?", choices=("kernels", "step", "rules", "circuits", "bridge", "bimt"), default="kernels",
+        "what", nargs="?", default="kernels",
+        choices=("kernels", "step", "rules", "circuits", "pruning", "bridge", "bimt"),
         help="kernels (default): each op; step: whole training steps; rules: losses under different training rules; "
-        "circuits: methods that rank edges, on circuits that are known; bridge: what a step with a bridge "
-        "costs; bimt: brain-inspired modular training",
+        "circuits: methods that rank edges, on circuits that are known; pruning: what a search for nodes costs; "
+        "bridge: what a step with a bridge costs; bimt: brain-inspired modular training",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")

@@ -29,7 +29,7 @@ def bench(
     """Check and time the kernels, time training steps, compare rules, judge methods, or repeat BIMT, on a device.
 
     Args:
-        what: "kernels", "step", "rules", "circuits", "bridge" or "bimt", which runs on a CPU.
+        what: "kernels", "step", "rules", "circuits", "pruning", "bridge" or "bimt", which runs on a CPU.
         device: cpu, or a cuda device.
         out: the JSON file to write: {"environment": ..., "rows": [...]}.
         quick: small sizes, for a look.
@@ -87,6 +87,10 @@ def _measured(
 
         rows = circuits.measure(device, quick, log.info, programs, n_seeds, out.with_suffix(".rows.jsonl"))
         return rows, circuits_report.summary
+    if what == "pruning":
+        from sparsetrain.bench import pruning
+
+        return pruning.measure(device, quick, log.info), pruning.summary
     if what == "bridge":
         from sparsetrain.bench import bridge
 
