@@ -72,6 +72,7 @@ def test_tasks_are_counted_as_soon_as_it_is_known_what_a_model_does(tmp_path):
     assert [(found[point.id].n_tasks, found[point.id].tasks_left) for point in points] == [(2, 1), (2, 2)]
     told = plan_text(config, points, points, found, Two())
     assert "pruning: about 90 s (2 tasks a point, 30 s each as those before)" in told
+    assert "1 of 1 left (1 trained), 7.0 s of training each" in told
 
 
 @dataclass

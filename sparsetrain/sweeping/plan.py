@@ -113,10 +113,12 @@ def plan_text(
         f"{config.options.folder}: {len(points)} points, {len(points) - len(left)} done or failed, {len(left)} left"
     ]
     for of in cells.values():
-        one, n_left = expected[of[0].id], sum(point in left for point in of)
+        one, open_points = expected[of[0].id], [expected[point.id] for point in of if point in left]
+        n_trained = sum(point.trained for point in open_points)
+        trained = f" ({n_trained} trained)" if n_trained else ""
         lines.append(
-            f"  {_cell_name(of[0]):{width}}  {n_left} of {len(of)} left, {duration(one.train_seconds)} each, "
-            f"{_memory(one.peak_bytes)} ({one.source})"
+            f"  {_cell_name(of[0]):{width}}  {len(open_points)} of {len(of)} left{trained}, "
+            f"{duration(one.train_seconds)} of training each, {_memory(one.peak_bytes)} ({one.source})"
         )
     if n_more := _n_draws_to_come(config) * len(config.options.seeds):
         lines.append(f"  up to {n_more} points more, whose draws follow from what these give")
