@@ -26,11 +26,11 @@ from sparsetrain.tasks import TaskData
 
 WHOLE, OURS = "whole runs", "ours"
 RUN, STEP = "a run without a node", "a step of masks"
-SIZES = ((2, 128, 1 / 10), (2, 512, 1 / 50), (4, 1024, 1 / 100))  # layers, width, density
+SIZES = ((2, 128, 1 / 10), (2, 512, 1 / 50), (2, 1024, 1 / 100))  # layers, width, density
 QUICK = ((2, 32, 1 / 10),)
-N_TOKENS, N_PROMPTS, N_CTX, SHORTEST = 1024, 128, 64, 8  # vocabulary; prompts of 8 to 63 tokens, 35 on average
-N_NODES, N_TRIES, N_STEPS = 120, 20, 4  # of the circuit; in a round
-ROUNDS, LONGEST = 20, 60  # LONGEST: seconds for the rounds of one case
+N_TOKENS, N_PROMPTS, N_CTX, SHORTEST = 1024, 64, 64, 8  # vocabulary; prompts of 8 to 63 tokens, 35 on average
+N_NODES, N_TRIES, N_STEPS = 120, 10, 4  # of the circuit; in a round
+ROUNDS, LONGEST = 7, 60  # LONGEST: seconds for the rounds of one case
 TOLERANCE = 1e-3  # of the greatest logit: sums of a product are taken in another order
 
 
