@@ -28,7 +28,7 @@ WHOLE, OURS = "whole runs", "ours"
 RUN, STEP = "a run without a node", "a step of masks"
 SIZES = ((2, 128, 1 / 10), (2, 512, 1 / 50), (2, 1024, 1 / 100))  # layers, width, density
 QUICK = ((2, 32, 1 / 10),)
-N_TOKENS, N_PROMPTS, N_CTX, SHORTEST = 1024, 64, 64, 8  # vocabulary; prompts of 8 to 63 tokens, 35 on average
+N_TOKENS, N_PROMPTS, N_CTX, SHORTEST = 1024, 64, 64, 8  # vocabulary; prompts of 8 to 63 tokens
 N_NODES, N_TRIES, N_STEPS = 120, 10, 4  # of the circuit; in a round
 ROUNDS, LONGEST = 7, 60  # LONGEST: seconds for the rounds of one case
 TOLERANCE = 1e-3  # of the greatest logit: sums of a product are taken in another order
@@ -161,6 +161,6 @@ def summary(result: dict) -> str:
     return (
         f"{env['device']}, {env['threads']} thread(s), torch {env['versions']['torch']}, commit {env['commit']}, "
         f"{env['date']}. Medians of at most {ROUNDS} interleaved rounds of {N_TRIES + 1} runs, the first whole, "
-        f"or {N_STEPS} steps; a circuit of {N_NODES} nodes, {N_PROMPTS} prompts of 35 tokens on average, random "
-        "weights; in brackets the least and the greatest of the rounds.\n\n" + "\n".join(lines)
+        f"or {N_STEPS} steps; a circuit of {N_NODES} nodes, {N_PROMPTS} prompts of {SHORTEST} to {N_CTX - 1} tokens, "
+        "random weights; in brackets the least and the greatest of the rounds.\n\n" + "\n".join(lines)
     )
