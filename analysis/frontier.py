@@ -1,5 +1,6 @@
 """The frontier of sweeps: what is written of it, and where."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,10 @@ from sparsetrain.analysis.frontier_picture import write_pictures
 from sparsetrain.files import make_folder, write_json, write_whole
 from sparsetrain.sweeping.identity import FREE
 from sparsetrain.sweeping.rows import ROWS
-from sparsetrain.sweeping.sweep_config import read_leaves
+from sparsetrain.sweeping.sweep_config import SWEEP, read_leaves
 
 FORMAT = "sparsetrain-frontier-1"
+MADE_ON = ("device", "commit", "date", "python", "versions", "corpus")  # of a run's environment, what is published
 DENSE_COLOUR, BRIGHTEST = "#111827", 215  # the yellow end of the palette cannot be read on white
 
 
@@ -68,7 +70,7 @@ def write_frontier(
     write_frontier_page(out / "frontier.html", title, study, found, ways, factors)
     if publish:
         write_whole(Path(publish) / ROWS, b"".join((Path(folder) / ROWS).read_bytes() for folder in folders))
-        write_json(Path(publish) / "configs.json", _configs(study.models))
+        write_json(Path(publish) / "configs.json", _configs(study.models, folders))
     return out, text
 
 
@@ -115,13 +117,25 @@ def _json(
     }  # fmt: skip
 
 
-def _configs(models: Sequence[Model]) -> dict[str, Any]:
-    """The config of every run: what all share, and what each has besides; names and places of computing left out."""
-    read = {m.row["point"]: _config(m.run / "config.yaml") for m in models if (m.run / "config.yaml").exists()}
+def _configs(models: Sequence[Model], folders: Sequence[str | Path]) -> dict[str, Any]:
+    """How circuits were searched for, and the config and environment of every run: what all share, and what each has
+    besides; names and places of computing left out."""
+    read = {m.row["point"]: _config(m.run) for m in models if (m.run / "config.yaml").exists()}
     first = next(iter(read.values()), {})
     shared = {key: value for key, value in first.items() if all(of.get(key) == value for of in read.values())}
-    return {"shared": shared, "points": {p: {k: v for k, v in of.items() if k not in shared} for p, of in read.items()}}
+    points = {p: {k: v for k, v in of.items() if k not in shared} for p, of in read.items()}
+    files = (Path(folder) / SWEEP for folder in folders)
+    searches = [_search(read_leaves([str(file)])) for file in files if file.exists()]
+    return {"searches": searches, "shared": shared, "points": points}
 
 
-def _config(file: Path) -> dict[str, Any]:
-    return {key: value for key, value in read_leaves([str(file)]).items() if key not in FREE}
+def _search(sweep: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: sweep[key] for key in ("name", "tasks", "method", "prune") if key in sweep}
+
+
+def _config(run: Path) -> dict[str, Any]:
+    keys = {key: value for key, value in read_leaves([str(run / "config.yaml")]).items() if key not in FREE}
+    if not (file := run / "environment.json").exists():
+        return keys
+    made = json.loads(file.read_text())
+    return keys | {f"environment.{key}": made[key] for key in MADE_ON}

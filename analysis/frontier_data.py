@@ -132,7 +132,8 @@ class Study:
         tasks: those that some model can be asked; one that cannot, since its context is short, does not reach them.
         left_out: the other ones, with the reason.
         common: the same tasks for all, by which settings are compared: see `_common`.
-        trivial: tasks that some model reaches and that no model's circuit needs an edge for.
+        trivial: tasks that some model reaches and whose circuits say nothing by their size: no model's needs an edge,
+            or none does to give nonsense answers to the same prompts, which a bigram table can then tell apart.
         missing: what is not there yet, or failed, in words.
         target_loss: what circuits were cut at, nats; None where nothing says it.
         graph: `channel` or `component`: what an edge is.
@@ -184,8 +185,7 @@ def read_study(folders: Sequence[str | Path]) -> Study:
             "prune.size out of the sweep"
         )
     settings = _settings(models)
-    edges = {task: [m.outcomes[task]["n_edges"] for m in models if task in m.reached] for task in tasks}
-    trivial = [task for task in tasks if edges[task] and not any(edges[task])]
+    trivial = [task for task in tasks if _is_trivial([m.outcomes[task] for m in models if task in m.reached])]
     common = _common(settings, tasks, trivial)
     return Study(
         settings=settings, tasks=tasks, left_out=left_out, common=common, trivial=trivial,
@@ -229,6 +229,12 @@ def _settings(models: list[Model]) -> list[Setting]:
         key = model.run.parent, row["sweep"], row["arm"], json.dumps(row["values"])
         groups.setdefault(key, []).append(model)
     return [Setting(of) for of in groups.values()]
+
+
+def _is_trivial(circuits: list[Row]) -> bool:
+    """Whether no circuit of a task has an edge, or none of those that were found for nonsense answers."""
+    controls = [row["nonsense"] for row in circuits if row.get("nonsense") and row["nonsense"]["reached"]]
+    return any(of and not any(row["n_edges"] for row in of) for of in (circuits, controls))
 
 
 def _common(settings: list[Setting], tasks: list[str], trivial: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from sparsetrain.analysis.frontier_means import draw, interval
 from sparsetrain.config import EVERY_SITE
 from sparsetrain.sweeping.points import SPARSE_SECTIONS
 
-SAME_SIZE, SAME_L0 = 1.1, 1.5  # settings whose counts are within this factor share a line
+SAME_SIZE, SAME_L0 = 1.1, 1.6  # settings whose counts are within this factor share a line; in L0 embeddings differ
 SIZES = ("model.", "sparsity.density", "sparsity.embedding_density", "data.vocab_size")  # keys that change a count
 NOT_SIZES = (EVERY_SITE,)
 DEPTH = "model.n_layers"
@@ -24,15 +24,17 @@ def all_lines(study: Study) -> dict[str, list[Line]]:
 
     Returns:
         By way: lines with a `name`, whether they are `dense`, and their `settings` by number, in order. `size` has
-        lines of equal n_params on which L0 varies, as in the paper's figure, `l0` the reverse; any other way is a key
-        that the sweep varies, with lines on which it alone does. Dense baselines have lines of their own.
+        lines of equal n_params on which L0 varies, as in the paper's figure, `l0` the reverse, with one setting of each
+        size at most; any other way is a key that the sweep varies, with lines on which it alone does. Dense baselines
+        have lines of their own.
 
     Source: Gao et al. 2025, figure 3.
     """
     settings = study.settings
     sizes = _grouped([s.n_params for s in settings], SAME_SIZE)
-    counts = _grouped([s.n_nonzero for s in settings], SAME_L0)
     held = [{key: value for key, value in s.row["values"].items() if not _is_size(key)} for s in settings]
+    kinds = [(s.dense, s.family, str(values)) for s, values in zip(settings, held, strict=True)]
+    counts = _of_equal_l0([s.n_nonzero for s in settings], sizes, kinds)
     ways = {
         "size": _lines(settings, lambda i: {"": f"{_short(sizes[i])} weights", **held[i]},
                        lambda i: sizes[i], lambda i: settings[i].n_nonzero),
@@ -106,6 +108,20 @@ def _grouped(counts: Sequence[float], within: float) -> list[float]:
     return [starts[count] for count in counts]
 
 
+def _of_equal_l0(counts: Sequence[float], sizes: Sequence[float], kinds: Sequence[Any]) -> list[float]:
+    """For each count the one its line begins with: from the least on, the nearest that is left of each other size."""
+    starts: dict[int, float] = {}
+    for first in sorted(range(len(counts)), key=counts.__getitem__):
+        if first in starts:
+            continue
+        starts[first] = counts[first]
+        near = [i for i in range(len(counts)) if i not in starts and kinds[i] == kinds[first]
+                and sizes[i] != sizes[first] and counts[i] <= SAME_L0 * counts[first]]  # fmt: skip
+        for size in {sizes[i] for i in near}:
+            starts[min((i for i in near if sizes[i] == size), key=counts.__getitem__)] = counts[first]
+    return [starts[i] for i in range(len(counts))]
+
+
 def _short(count: float) -> str:
     """As 7.42M, 96.1k or 310."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -119,7 +135,7 @@ def equal_capability(study: Study, lines: Sequence[Line]) -> list[dict[str, Any]
 
     Log edges are interpolated between neighbours on each line, task by task, at every loss that a setting of one of the
     two lines has and that both lines cover; only tasks that all models of the neighbours reach are compared, and of
-    these not those that none of them needs an edge for.
+    these not those that are trivial, nor those that none of them needs an edge for.
 
     Args:
         study: what is compared.
@@ -127,10 +143,11 @@ def equal_capability(study: Study, lines: Sequence[Line]) -> list[dict[str, Any]
 
     Returns:
         For each line against the dense lines of its arm (or all dense ones, where its arm has none) that are like it
-        in all but size and sparsity, and in depth: rows with `line`,
-        `dense`, `loss`, `edges`, `dense_edges`, the `factor` of the two, its 95 % `interval`, n_tasks of n_asked,
-        n_circuits that are compared and n_without_edges of them. Where no loss is covered by both, `nearest` in place
-        of these: the two settings whose losses are nearest, and their losses; None where a side has no circuit.
+        in all but size and sparsity, and in depth: rows with `line`, `dense`, `loss`, `edges`, `dense_edges`, the
+        `factor` of the two, its 95 % `interval`, n_tasks of n_asked, n_circuits that are compared and n_without_edges
+        of them, and `nonsense`: the same factor of the circuits for nonsense answers, with the `real` one of the same
+        n_tasks, those for which all models have both. Where no loss is covered by both, `nearest` in place of these:
+        the two settings whose losses are nearest, and their losses; None where a side has no circuit.
     """
     rng = np.random.default_rng(1)
     drawn = {n: draw(rng, n) for n in range(1, len(study.tasks) + 1)}
@@ -196,33 +213,46 @@ def _at(
 ) -> dict[str, Any]:
     compared = {id(s): s for s in (*ours, *theirs)}
     logs = {key: s.log_edges(study.tasks) for key, s in compared.items()}
-    reached = np.all([~np.isnan(found).any(0) for found in logs.values()], axis=0)
-    tasks = [task for task, there in zip(study.tasks, reached, strict=True) if there]
+    shared = _there(logs) & ~np.isin(study.tasks, study.trivial)
+    tasks = [task for task, there in zip(study.tasks, shared, strict=True) if there]
     tasks = [task for task in tasks if any(row["n_edges"] for row in _circuits(compared.values(), [task]))]
     shared = np.isin(study.tasks, tasks)
-    n_tasks = len(tasks)
     circuits = _circuits(compared.values(), tasks)
     counts = {
-        "loss": loss, "n_tasks": n_tasks, "n_asked": len(study.tasks), "n_circuits": len(circuits),
+        "loss": loss, "n_tasks": len(tasks), "n_asked": len(study.tasks), "n_circuits": len(circuits),
         "n_without_edges": sum(not row["n_edges"] for row in circuits),
     }  # fmt: skip
-    if not n_tasks:
-        return counts | {"edges": None, "dense_edges": None, "factor": None, "interval": None}
-    once = {key: np.full((1, len(found)), 1 / len(found)) for key, found in logs.items()}
-    many = {key: draw(rng, len(found)) for key, found in logs.items()}
+    if not tasks:
+        return counts | dict.fromkeys(("edges", "dense_edges", "factor", "interval", "nonsense"))
     anchor = next(s for s in (*ours, *theirs) if s.val_loss == loss)  # its seeds decide at which loss is compared
-    sides = {}
-    for weights in (once, many):
+
+    def sides(logs: dict, shared: np.ndarray, weights: dict) -> tuple[np.ndarray, np.ndarray]:
+        """(B, T) of both sides: log edges at the anchor's loss, seeds weighted."""
         at = weights[id(anchor)] @ anchor.val_losses
-        for side, pair in (("ours", ours), ("theirs", theirs)):
-            sides.setdefault(side, []).append(_interpolated(pair, at, logs, shared, weights))  # (B, T)
-    resampled = np.exp(((sides["theirs"][1] - sides["ours"][1]) * drawn[n_tasks]).sum(1))
-    edges, dense_edges = (float(np.exp(sides[side][0].mean())) for side in ("ours", "theirs"))
-    alone = n_tasks == 1 and all(len(found) == 1 for found in logs.values())
+        return tuple(_interpolated(pair, at, logs, shared, weights) for pair in (ours, theirs))
+
+    def factor(logs: dict, shared: np.ndarray) -> float:
+        mine, dense = sides(logs, shared, once)
+        return float(np.exp((dense - mine).mean()))
+
+    once = {key: np.full((1, len(found)), 1 / len(found)) for key, found in logs.items()}
+    mine, dense = sides(logs, shared, {key: draw(rng, len(found)) for key, found in logs.items()})
+    resampled = np.exp(((dense - mine) * drawn[len(tasks)]).sum(1))
+    controls = {key: s.log_nonsense(study.tasks) for key, s in compared.items()}
+    both = shared & _there(controls)
+    alone = len(tasks) == 1 and all(len(found) == 1 for found in logs.values())
+    edges, dense_edges = (float(np.exp(side.mean())) for side in sides(logs, shared, once))
     return counts | {
-        "edges": edges, "dense_edges": dense_edges, "factor": dense_edges / edges,
+        "edges": edges, "dense_edges": dense_edges, "factor": factor(logs, shared),
         "interval": None if alone else interval(resampled),
+        "nonsense": {"n_tasks": int(both.sum()), "factor": factor(controls, both), "real": factor(logs, both)}
+        if both.any() else None,
     }  # fmt: skip
+
+
+def _there(logs: dict[int, np.ndarray]) -> np.ndarray:
+    """(T,): which tasks have a circuit in every seed of all settings."""
+    return np.all([~np.isnan(found).any(0) for found in logs.values()], axis=0)
 
 
 def _circuits(settings: Iterable[Setting], tasks: Iterable[str]) -> list[Row]:

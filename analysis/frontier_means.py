@@ -57,8 +57,9 @@ def summarise(study: Study) -> list[dict[str, Any]]:
     """For each setting what is drawn of it.
 
     Returns:
-        By setting: val_loss with its `loss_interval`; `means`, a Value by each of MEANS; n_reached of n_asked outcomes
-        over all its seeds, n_open without one; `floors`, a Floor over the tasks of `common` and of `own`.
+        By setting: val_loss and `loss_interval`, one standard error over seeds to both sides; `means`, a Value by each
+        of MEANS; n_reached of n_asked outcomes over all its seeds, n_open without one; `floors`, a Floor over the tasks
+        of `common`, and over those of `own` that are not trivial.
     """
     rng = np.random.default_rng(0)
     drawn = {n: draw(rng, n) for n in {len(study.tasks), len(study.common)} if n}
@@ -101,7 +102,6 @@ def _summary(setting: Setting, study: Study, drawn: dict[int, np.ndarray], rng: 
     edges, there = setting.log_edges(study.tasks), setting.has_outcome(study.tasks)
     reached = ~np.isnan(edges)
     seeds = draw(rng, len(setting.models))
-    losses = seeds @ setting.val_losses
     chosen = [study.tasks.index(task) for task in study.common]
     means = {"own": _value(edges, drawn, seeds), "common": Value(), "bound": Value()}
     if chosen and reached[:, chosen].all():
@@ -111,15 +111,21 @@ def _summary(setting: Setting, study: Study, drawn: dict[int, np.ndarray], rng: 
         counted = np.where(there & ~reached, whole, edges)
         means["bound"] = _value(counted, drawn, seeds, bool((there & ~reached).any()))
     nonsense, asked = setting.log_nonsense(study.tasks), setting.has_nonsense(study.tasks)
-    floors = {"own": _floor(edges, nonsense, asked)}
+    telling = ~np.isin(study.tasks, study.trivial)
+    floors = {"own": _floor(*(of[:, telling] for of in (edges, nonsense, asked)))}
     floors["common"] = _floor(*(of[:, chosen] for of in (edges, nonsense, asked)))
     return {
         "val_loss": setting.val_loss,
-        "loss_interval": interval(losses) if len(setting.models) > 1 else None,
+        "loss_interval": _within_an_error(setting.val_losses) if len(setting.models) > 1 else None,
         "means": {name: means[name] for name in MEANS},
         "n_reached": int(reached.sum()), "n_asked": int(there.sum()),
         "n_open": int((~there).sum()), "floors": floors,
     }  # fmt: skip
+
+
+def _within_an_error(values: np.ndarray) -> tuple[float, float]:
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean() - error), float(values.mean() + error)
 
 
 def _floor(edges: np.ndarray, nonsense: np.ndarray, asked: np.ndarray) -> Floor:

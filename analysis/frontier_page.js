@@ -123,7 +123,7 @@ const frontierPage = (() => {
     const { mean, interval, at_least } = valueOf(s);
     const range = interval ? ` [${interval.map((v) => number(v)).join(", ")}]` : "";
     const edges = mean === null ? "no such mean" : `${at_least ? "at least " : ""}${number(mean)} edges${range}`;
-    const { times, n_reached, n_asked } = s.floors.own;
+    const { times, n_reached, n_asked } = s.floors[shown.mean] ?? s.floors.own;
     const nonsense = `${n_reached} of ${n_asked} found${times === null ? "" : `, ${number(times)} times as large`}`;
     return [
       `loss ${number(s.loss, 4)}, ${edges}`, `tasks reached: ${s.n_reached} of ${s.n_asked} over all seeds`,

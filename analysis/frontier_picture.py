@@ -22,7 +22,7 @@ def write_pictures(
 ) -> None:
     """Write frontier.png and frontier.svg, by the mean that is shown first; the same arguments give the same bytes.
 
-    A panel has the lines of equal size, a second one those of equal L0, if there are any.
+    A panel has the lines of equal size, a second one those of equal L0, where some join two points.
 
     Args:
         folder: where they go.
@@ -46,8 +46,7 @@ def write_pictures(
 def _picture(study: Study, found: Sequence[Mapping[str, Any]], ways: Mapping[str, Sequence[Line]]):
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    joins = {way: any(len(line["settings"]) > 1 for line in ways[way] if not line["dense"]) for way in WAYS}
-    drawn = [way for way in WAYS if way == "size" or joins[way]]
+    drawn = [way for way in WAYS if way == "size" or _joins(ways[way], found, default_mean(study))]
     picture = Figure(figsize=(SIZE[0] * len(drawn), SIZE[1]), layout="constrained")
     panels = picture.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
     panels[0].set_ylabel(f"edges at {target(study)}\n({_tasks(study, default_mean(study))})")
@@ -57,9 +56,18 @@ def _picture(study: Study, found: Sequence[Mapping[str, Any]], ways: Mapping[str
     picture.draw_without_rendering()
     picture.set_layout_engine("none")  # its places are found; else they would be again for each file
     if len(found) <= MOST_LABELLED:
+        values, varied = [of["means"][default_mean(study)] for of in found], _varied(study, ways["size"])
         for axes in panels:
-            _label(axes, found, [summary["means"][default_mean(study)] for summary in found])
+            _label(axes, found, values, varied)
     return picture
+
+
+def _joins(lines: Sequence[Line], found: Sequence[Mapping[str, Any]], mean: str) -> bool:
+    """Whether some line of sparse settings has two that are drawn."""
+    return any(
+        sum(found[i]["means"][mean].mean is not None for i in line["settings"]) > 1
+        for line in lines if not line["dense"]
+    )  # fmt: skip
 
 
 def _panel(axes, study: Study, found: Sequence[Mapping[str, Any]], lines: Sequence[Line]) -> None:
@@ -77,7 +85,7 @@ def _panel(axes, study: Study, found: Sequence[Mapping[str, Any]], lines: Sequen
     rings = [i for i, value in enumerate(values) if value.pareto]
     axes.scatter([found[i]["val_loss"] for i in rings], [values[i].mean for i in rings], s=130, facecolors="none",
                  edgecolors=RING, linewidths=1.4, label="on the front")  # fmt: skip
-    _floors(axes, found, values, mean)
+    _floors(axes, found, values, mean, {i: line["colour"] for line in lines for i in line["settings"]})
     _edge(axes, found, values)
     axes.margins(x=0.1)
     axes.set_ylim(max(axes.get_ylim()[0], 0.7), max(axes.get_ylim()[1], 3))  # no circuit counts as less than one edge
@@ -111,13 +119,15 @@ def _line(axes, line: Line, found: Sequence[Mapping[str, Any]], values: Sequence
     axes.plot(x, y, color=line["colour"], linewidth=1.3, label=line["name"], **shape)
 
 
-def _floors(axes, found: Sequence[Mapping[str, Any]], values: Sequence[Value], mean: str) -> None:
+def _floors(
+    axes, found: Sequence[Mapping[str, Any]], values: Sequence[Value], mean: str, colours: Mapping[int, str]
+) -> None:
     """Dashes where nonsense circuits of the same tasks and seeds would stand."""
     times = [f["floors"][mean].times if mean in f["floors"] else None for f in found]
     there = [i for i, value in enumerate(values) if value.mean is not None and times[i] is not None]
     if there and len(found) <= MOST_LABELLED:
         axes.scatter([found[i]["val_loss"] for i in there], [values[i].mean * times[i] for i in there], marker="_",
-                     s=70, color=QUIET, linewidths=1, label="nonsense circuits")  # fmt: skip
+                     s=70, color=[colours[i] for i in there], linewidths=1.5, label="nonsense circuits")  # fmt: skip
 
 
 def _edge(axes, found: Sequence[Mapping[str, Any]], values: Sequence[Value]) -> None:
@@ -137,15 +147,28 @@ def _legend(axes, n_lines: int) -> None:
     axes.legend(handles, names, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
 
 
-def _label(axes, found: Sequence[Mapping[str, Any]], values: Sequence[Value]) -> None:
-    """Beside each point how many outcomes of how many reached the target, where there is room, once limits stand."""
+def _varied(study: Study, lines: Sequence[Line]) -> dict[int, str]:
+    """Of each setting what tells it from the others of its line."""
+    told = {}
+    for line in lines:
+        values = {i: study.settings[i].row["values"] for i in line["settings"]}
+        keys = [key for key in values[line["settings"][0]] if len({str(of.get(key)) for of in values.values()}) > 1]
+        told |= {i: " ".join(f"{key.rpartition('.')[2]}={of.get(key)}" for key in keys) for i, of in values.items()}
+    return told
+
+
+def _label(axes, found: Sequence[Mapping[str, Any]], values: Sequence[Value], varied: Mapping[int, str]) -> None:
+    """Beside each point what it is, and how many outcomes of how many reached the target, where there is room.
+
+    Limits must stand.
+    """
     there = [i for i, value in enumerate(values) if value.mean is not None]
     dots = axes.transData.transform([[found[i]["val_loss"], values[i].mean] for i in there] or [[0, 1]])
     unit = axes.figure.dpi / 72
     taken = [(x - 4 * unit, y - 4 * unit, x + 4 * unit, y + 4 * unit) for x, y in dots]
     for i in there:
         arrow = "↑ " if values[i].at_least else ""
-        text = f"{arrow}{found[i]['n_reached']}/{found[i]['n_asked']}"
+        text = ", ".join(filter(None, (varied[i], f"{arrow}{found[i]['n_reached']}/{found[i]['n_asked']}")))
         for dx, dy, across, up in PLACES:
             label = axes.annotate(text, (found[i]["val_loss"], values[i].mean), (dx, dy), fontsize=7, color=QUIET,
                                   textcoords="offset points", ha=across, va=up)  # fmt: skip

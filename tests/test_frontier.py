@@ -8,10 +8,11 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from made_sweep import FAILED, model_rows, ruled_sweep, write_rows
 
-from sparsetrain.analysis.frontier import write_frontier
+from sparsetrain.analysis.frontier import MADE_ON, write_frontier
 from sparsetrain.analysis.frontier_data import FrontierError
 from sparsetrain.cli import main
 from sparsetrain.sweeping.rows import read_rows
+from sparsetrain.sweeping.sweep_config import SWEEP
 
 FILES = {"frontier.html", "frontier.json", "frontier.md", "frontier.png", "frontier.svg"}
 
@@ -88,21 +89,36 @@ def test_the_pictures_are_pictures(swept):
     assert (swept / "frontier.png").read_bytes().startswith(b"\x89PNG")
     texts = [node.text for node in ElementTree.parse(swept / "frontier.svg").iter() if node.tag.endswith("}text")]
     assert "held-out loss, nats per token" in texts
-    counts = [f"{s['n_reached']}/{s['n_asked']}" for s in data_of(swept)["settings"]]
-    assert sum(text in counts for text in texts) == 2 * len(counts)  # in either panel
+    for setting in data_of(swept)["settings"]:
+        key = "model.d_model" if setting["dense"] else "sparsity.density"  # what varies along its line
+        label = f"{key.rpartition('.')[2]}={setting['values'][key]}, {setting['n_reached']}/{setting['n_asked']}"
+        assert texts.count(label) >= 2, "in either panel"
     assert {"dense", "on the front", "nonsense circuits", "lines of equal size", "lines of equal L0"} <= {*texts}
 
 
 def test_what_is_published_makes_the_page_again(swept, tmp_path):
     (run,) = (swept / "points").iterdir()
-    (run / "config.yaml").write_text("run: {name: x, seed: 3}\nmodel: {d_model: 64}\n")
+    corpus = {"tokenizer_sha256": "a", "tokens": {"val": 9}}
+    made = {
+        run / "config.yaml": "run: {name: x, seed: 3}\nmodel: {d_model: 64}\n",
+        run / "environment.json": json.dumps({key: key for key in (*MADE_ON, "platform")} | {"corpus": corpus}),
+        swept / SWEEP: "name: frontier\ntasks: [all]\nprune: [target_loss=0.15]\nseeds: [0]\n",
+    }
+    for file, text in made.items():
+        file.write_text(text)
     write_frontier([swept], tmp_path / "out", tmp_path / "results")
-    (run / "config.yaml").unlink()
+    for file in made:
+        file.unlink()
     assert {f.name for f in (tmp_path / "results").iterdir()} == FILES - {"frontier.html"} | {
         "rows.jsonl", "configs.json"
     }  # fmt: skip
     configs = json.loads((tmp_path / "results" / "configs.json").read_text())
-    assert configs == {"shared": {"run.seed": 3, "model.d_model": 64}, "points": {run.name: {}}}
+    environment = {f"environment.{key}": corpus if key == "corpus" else key for key in MADE_ON}
+    assert configs == {
+        "searches": [{"name": "frontier", "tasks": ["all"], "prune": ["target_loss=0.15"]}],
+        "shared": {"run.seed": 3, "model.d_model": 64, **environment},
+        "points": {run.name: {}},
+    }
     write_frontier([tmp_path / "results"])
     again, first = (data_of(folder) for folder in (tmp_path / "results", swept))
     assert again["settings"] == first["settings"] and again["equal_capability"] == first["equal_capability"]

@@ -106,7 +106,16 @@ def test_tasks_that_need_no_edge_in_any_model_compare_nothing(tmp_path):
     models = [model_rows(3.0, {"a": 0, "b": n}, width=n) for n in (0, 5)]
     study = read_study([write_rows(tmp_path, *models)])
     assert (study.common, study.trivial) == (["b"], ["a"])
-    assert any(told.startswith("No model needs an edge for a:") for told in cautions(study, summarise(study), []))
+    assert any(told.startswith("No model needs an edge for a,") for told in cautions(study, summarise(study), []))
+
+
+def test_tasks_whose_nonsense_needs_no_edge_compare_nothing(tmp_path):
+    rows = [row for n in (3, 5) for row in model_rows(3.0, {"a": n, "b": n}, width=n)]
+    for row in rows:
+        row["nonsense"] = {"reached": row["n_edges"] == 3, "n_edges": 0 if row["task"] == "a" else 1}
+    study = read_study([write_rows(tmp_path, rows)])
+    assert (study.common, study.trivial) == (["b"], ["a"])
+    assert summarise(study)[0]["floors"]["own"].n_asked == 1
 
 
 def test_losses_over_other_windows_are_told(tmp_path):

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from made_sweep import FAILED, OPEN, model_rows, ruled_sweep, write_rows
+from made_sweep import FAILED, OPEN, model_rows, write_rows
 
 from sparsetrain.analysis.frontier_data import read_study
-from sparsetrain.analysis.frontier_means import MEANS, Floor, default_mean, draw, pareto, summarise
+from sparsetrain.analysis.frontier_means import MEANS, Floor, _value, default_mean, draw, pareto, summarise
 
 
 @pytest.fixture
@@ -111,13 +111,22 @@ def test_the_front():
     assert pareto(points) == [True, True, False, False, True, False]
 
 
-def test_an_interval_holds_the_truth_about_as_often_as_it_says(tmp_path):
-    """Of settings without a trend of their own: the mean over all of them stands for the truth."""
-    study = read_study([ruled_sweep(tmp_path, range(64, 264, 8), [0.25], n_seeds=4, dense=None, noise=0.6)])
-    found = [s["means"]["common"] for s in summarise(study) if s["means"]["common"].mean]
-    truth = np.exp(np.mean([math.log(value.mean) for value in found]))
-    held = np.mean([value.interval[0] <= truth <= value.interval[1] for value in found])
-    assert held >= 0.9, "tasks are the same for all, so intervals are wide enough for all"
+@pytest.mark.parametrize("n_tasks, n_seeds, held", [(4, 2, 0.89), (13, 5, 0.94)])
+def test_an_interval_holds_the_truth_as_often_as_the_method_says(n_tasks, n_seeds, held):
+    """Drawn anew each time: effects of tasks, of seeds, and of both together; the truth is 0, an edge's logarithm."""
+    rng = np.random.default_rng(0)
+    n, found, parts = 400, 0, ((1, (1, n_tasks)), (0.3, (n_seeds, 1)), (0.5, (n_seeds, n_tasks)))
+    for _ in range(n):
+        logs = sum(rng.normal(0, spread, shape) for spread, shape in parts)
+        low, high = _value(logs, {n_tasks: draw(rng, n_tasks)}, draw(rng, n_seeds)).interval
+        found += low <= 1 <= high
+    assert found / n == pytest.approx(held, abs=0.04)
+
+
+def test_a_loss_has_one_standard_error_to_both_sides(tmp_path):
+    rows = [row for seed, loss in enumerate((3.0, 3.3, 3.6)) for row in model_rows(loss, {"a": 4}, seed=seed)]
+    [found] = summarise(read_study([write_rows(tmp_path, rows)]))
+    assert found["loss_interval"] == pytest.approx((3.3 - 0.3 / math.sqrt(3), 3.3 + 0.3 / math.sqrt(3)))
 
 
 def test_the_same_rows_give_the_same_numbers(study):
