@@ -153,6 +153,16 @@ class Study:
         return [model for setting in self.settings for model in setting.models]
 
     @cached_property
+    def log_edges(self) -> dict[int, np.ndarray]:
+        """By id of a setting: `Setting.log_edges` of all tasks."""
+        return {id(setting): setting.log_edges(self.tasks) for setting in self.settings}
+
+    @cached_property
+    def log_nonsense(self) -> dict[int, np.ndarray]:
+        """By id of a setting: `Setting.log_nonsense` of all tasks."""
+        return {id(setting): setting.log_nonsense(self.tasks) for setting in self.settings}
+
+    @cached_property
     def has_several_sweeps(self) -> bool:
         return len({setting.family[:2] for setting in self.settings}) > 1
 

@@ -212,7 +212,7 @@ def _at(
     study: Study, ours: tuple, theirs: tuple, loss: float, drawn: dict[int, np.ndarray], rng: np.random.Generator
 ) -> dict[str, Any]:
     compared = {id(s): s for s in (*ours, *theirs)}
-    logs = {key: s.log_edges(study.tasks) for key, s in compared.items()}
+    logs, controls = ({key: of[key] for key in compared} for of in (study.log_edges, study.log_nonsense))
     shared = _there(logs) & ~np.isin(study.tasks, study.trivial)
     tasks = [task for task, there in zip(study.tasks, shared, strict=True) if there]
     tasks = [task for task in tasks if any(row["n_edges"] for row in _circuits(compared.values(), [task]))]
@@ -238,12 +238,11 @@ def _at(
     once = {key: np.full((1, len(found)), 1 / len(found)) for key, found in logs.items()}
     mine, dense = sides(logs, shared, {key: draw(rng, len(found)) for key, found in logs.items()})
     resampled = np.exp(((dense - mine) * drawn[len(tasks)]).sum(1))
-    controls = {key: s.log_nonsense(study.tasks) for key, s in compared.items()}
     both = shared & _there(controls)
     alone = len(tasks) == 1 and all(len(found) == 1 for found in logs.values())
     edges, dense_edges = (float(np.exp(side.mean())) for side in sides(logs, shared, once))
     return counts | {
-        "edges": edges, "dense_edges": dense_edges, "factor": factor(logs, shared),
+        "edges": edges, "dense_edges": dense_edges, "factor": dense_edges / edges,
         "interval": None if alone else interval(resampled),
         "nonsense": {"n_tasks": int(both.sum()), "factor": factor(controls, both), "real": factor(logs, both)}
         if both.any() else None,

@@ -99,7 +99,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def _summary(setting: Setting, study: Study, drawn: dict[int, np.ndarray], rng: np.random.Generator) -> dict[str, Any]:
-    edges, there = setting.log_edges(study.tasks), setting.has_outcome(study.tasks)
+    edges, there = study.log_edges[id(setting)], setting.has_outcome(study.tasks)
     reached = ~np.isnan(edges)
     seeds = draw(rng, len(setting.models))
     chosen = [study.tasks.index(task) for task in study.common]
@@ -110,7 +110,7 @@ def _summary(setting: Setting, study: Study, drawn: dict[int, np.ndarray], rng: 
         whole = np.log([[model.row["n_nonzero"]] for model in setting.models])
         counted = np.where(there & ~reached, whole, edges)
         means["bound"] = _value(counted, drawn, seeds, bool((there & ~reached).any()))
-    nonsense, asked = setting.log_nonsense(study.tasks), setting.has_nonsense(study.tasks)
+    nonsense, asked = study.log_nonsense[id(setting)], setting.has_nonsense(study.tasks)
     telling = ~np.isin(study.tasks, study.trivial)
     floors = {"own": _floor(*(of[:, telling] for of in (edges, nonsense, asked)))}
     floors["common"] = _floor(*(of[:, chosen] for of in (edges, nonsense, asked)))
