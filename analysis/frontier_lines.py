@@ -227,17 +227,17 @@ def _at(
     anchor = next(s for s in (*ours, *theirs) if s.val_loss == loss)  # its seeds decide at which loss is compared
 
     def sides(logs: dict, shared: np.ndarray, weights: dict) -> tuple[np.ndarray, np.ndarray]:
-        """(B, T) of both sides: log edges at the anchor's loss, seeds weighted."""
-        at = weights[id(anchor)] @ anchor.val_losses
+        """(T, B) of both sides: log edges at the anchor's loss, seeds weighted."""
+        at = anchor.val_losses @ weights[id(anchor)]
         return tuple(_interpolated(pair, at, logs, shared, weights) for pair in (ours, theirs))
 
     def factor(logs: dict, shared: np.ndarray) -> float:
         mine, dense = sides(logs, shared, once)
         return float(np.exp((dense - mine).mean()))
 
-    once = {key: np.full((1, len(found)), 1 / len(found)) for key, found in logs.items()}
+    once = {key: np.full((len(found), 1), 1 / len(found)) for key, found in logs.items()}
     mine, dense = sides(logs, shared, {key: draw(rng, len(found)) for key, found in logs.items()})
-    resampled = np.exp(((dense - mine) * drawn[len(tasks)]).sum(1))
+    resampled = np.exp(((dense - mine) * drawn[len(tasks)]).sum(0))
     both = shared & _there(controls)
     alone = len(tasks) == 1 and all(len(found) == 1 for found in logs.values())
     edges, dense_edges = (float(np.exp(side.mean())) for side in sides(logs, shared, once))
@@ -261,10 +261,9 @@ def _circuits(settings: Iterable[Setting], tasks: Iterable[str]) -> list[Row]:
 def _interpolated(
     pair: tuple[Setting, Setting], loss: np.ndarray, logs: dict, shared: np.ndarray, weights: dict
 ) -> np.ndarray:
-    """(B, T): log edges at losses (B,) between two settings, with seeds, and so their losses, weighted by (B, R)."""
+    """(T, B): log edges at losses (B,) between two settings, with seeds, and so their losses, weighted by (R, B)."""
     (first, a), (second, b) = [
-        (w @ s.val_losses, w @ logs[id(s)][:, shared]) for s, w in ((s, weights[id(s)]) for s in pair)
+        (s.val_losses @ w, logs[id(s)][:, shared].T @ w) for s, w in ((s, weights[id(s)]) for s in pair)
     ]
     apart = np.where(second == first, 1.0, second - first)
-    share = np.clip((loss - first) / apart, 0, 1)[:, None]
-    return a + share * (b - a)
+    return a + np.clip((loss - first) / apart, 0, 1) * (b - a)

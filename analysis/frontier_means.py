@@ -75,12 +75,12 @@ def summarise(study: Study) -> list[dict[str, Any]]:
 
 
 def draw(rng: np.random.Generator, n: int) -> np.ndarray:
-    """(N_RESAMPLES, n): the share of each of n in resamples of n - 1: those of n would vary too little.
+    """(n, N_RESAMPLES): the share of each of n in resamples of n - 1: those of n would vary too little.
 
     Source: Rao and Wu 1988 (the variance of a mean of n comes out right, where it would be half with n = 2).
     """
     n_drawn = max(1, n - 1)
-    return rng.multinomial(n_drawn, np.full(n, 1 / n), N_RESAMPLES) / n_drawn
+    return np.ascontiguousarray(rng.multinomial(n_drawn, np.full(n, 1 / n), N_RESAMPLES).T) / n_drawn
 
 
 def default_mean(study: Study) -> str:
@@ -143,23 +143,22 @@ def _value(logs: np.ndarray, drawn: dict[int, np.ndarray], seeds: np.ndarray, at
     n_circuits = np.count_nonzero(~np.isnan(logs))
     if not n_circuits:
         return Value()
-    mean = _over(logs, np.ones((1, n_tasks)), np.ones((1, n_seeds)))[0]
+    mean = _over(logs, np.ones((n_tasks, 1)), np.ones((n_seeds, 1)))[0]
     if n_circuits == 1:
         return Value(float(np.exp(mean)), None, at_least)
     return Value(float(np.exp(mean)), interval(np.exp(_over(logs, drawn[n_tasks], seeds))), at_least)
 
 
 def _over(logs: np.ndarray, tasks: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """(B,): weighted means of logs (R, T) by weights of tasks (B, T) and seeds (B, R); NaN where nothing has weight."""
+    """(B,): weighted means of logs (R, T) by weights of tasks (T, B) and seeds (R, B); NaN where nothing has weight."""
     there = ~np.isnan(logs)
+    total, weight = np.where(there, logs, 0) @ tasks, there.astype(float) @ tasks  # (R, B)
+    weights = seeds * (weight > 0)
     with np.errstate(invalid="ignore"):
-        each = (tasks @ np.where(there, logs, 0).T) / (tasks @ there.T.astype(float))  # (B, R)
-    weights = np.where(np.isnan(each), 0, seeds)
-    with np.errstate(invalid="ignore"):
-        return (weights * np.nan_to_num(each)).sum(1) / weights.sum(1)
+        return (weights * (total / np.where(weight > 0, weight, 1))).sum(0) / weights.sum(0)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
     """The percentiles of INTERVAL of resampled values, of those that are there."""
-    low, high = np.nanpercentile(values, INTERVAL)
+    low, high = np.percentile(values[~np.isnan(values)], INTERVAL)
     return float(low), float(high)

@@ -34,26 +34,29 @@ def write_pictures(
         WriteError: one could not be written.
     """
     import matplotlib  # takes a second
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     with matplotlib.rc_context({"svg.hashsalt": "frontier", "svg.fonttype": "none", "font.size": 9}):
         picture = _picture(study, found, ways)
-        for kind, notes in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-            drawn = io.BytesIO()
-            picture.savefig(drawn, format=kind, dpi=DPI, metadata=notes)
-            write_whole(folder / f"frontier.{kind}", drawn.getvalue())
+        png, svg = io.BytesIO(), io.BytesIO()  # by the canvases: `savefig` draws each twice
+        FigureCanvasAgg(picture).print_png(png, metadata={"Software": None})
+        FigureCanvasSVG(picture).print_svg(svg, metadata={"Date": None, "Creator": None})
+    write_whole(folder / "frontier.png", png.getvalue())
+    write_whole(folder / "frontier.svg", svg.getvalue())
 
 
 def _picture(study: Study, found: Sequence[Mapping[str, Any]], ways: Mapping[str, Sequence[Line]]):
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     drawn = [way for way in WAYS if way == "size" or _joins(ways[way], found, default_mean(study))]
-    picture = Figure(figsize=(SIZE[0] * len(drawn), SIZE[1]), layout="constrained")
+    picture = Figure(figsize=(SIZE[0] * len(drawn), SIZE[1]), dpi=DPI, layout="constrained")
     panels = picture.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
     panels[0].set_ylabel(f"edges at {target(study)}\n({_tasks(study, default_mean(study))})")
     for axes, way in zip(panels, drawn, strict=True):
         axes.set_title(WAYS[way], loc="left", fontsize="medium", color=QUIET)
         _panel(axes, study, found, ways[way])
-    picture.draw_without_rendering()
+    picture.get_layout_engine().execute(picture)
     picture.set_layout_engine("none")  # its places are found; else they would be again for each file
     if len(found) <= MOST_LABELLED:
         values, varied = [of["means"][default_mean(study)] for of in found], _varied(study, ways["size"])

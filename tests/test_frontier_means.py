@@ -101,9 +101,9 @@ def test_a_circuit_without_edges_counts_as_one_edge(tmp_path):
 
 def test_resampled_means_vary_as_means_do():
     values = np.array([1.0, 2.0, 6.0])
-    means = draw(np.random.default_rng(0), 3) @ values
+    means = values @ draw(np.random.default_rng(0), 3)
     assert means.var() == pytest.approx(values.var(ddof=1) / 3, rel=0.1)
-    assert draw(np.random.default_rng(0), 1).tolist() == [[1.0]] * len(means)
+    assert draw(np.random.default_rng(0), 1).tolist() == [[1.0] * len(means)]
 
 
 def test_the_front():

@@ -1,10 +1,9 @@
 """What makes a run what it is: its settings, less those that change none of its numbers."""
 
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
-
-from sparsetrain.config import known_keys, value_of
 
 # Keys that change where and how a point is computed, but neither its model nor a number of its row.
 FREE = (
@@ -21,11 +20,18 @@ def identity(config: Any) -> dict[str, Any]:
 
 def not_default(config: Any) -> Iterator[tuple[str, Any]]:
     """The leaves of a config that differ from their defaults: keys that a later version adds change nothing."""
-    for key, default in _defaults(type(config)).items():
-        if (value := value_of(config, key)) != default:
-            yield key, value
+    yield from _differing(config, _default(type(config)), "")
+
+
+def _differing(config: Any, default: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name in (f.name for f in fields(default)):
+        ours, theirs = getattr(config, name), getattr(default, name)
+        if ours != theirs and is_dataclass(theirs):
+            yield from _differing(ours, theirs, f"{prefix}{name}.")
+        elif ours != theirs:
+            yield f"{prefix}{name}", ours
 
 
 @cache
-def _defaults(kind: type) -> dict[str, Any]:
-    return {key: value_of(kind(), key) for key, _ in known_keys(kind)}
+def _default(kind: type) -> Any:
+    return kind()
