@@ -14,7 +14,8 @@ from sparsetrain.analysis.frontier_data import FrontierError, Model, Study, read
 from sparsetrain.analysis.frontier_lines import Line, all_lines, equal_capability
 from sparsetrain.analysis.frontier_means import default_mean, summarise
 from sparsetrain.analysis.frontier_page import write_frontier_page
-from sparsetrain.analysis.frontier_picture import write_pictures
+from sparsetrain.analysis.frontier_panels import panels
+from sparsetrain.analysis.frontier_picture import pictures
 from sparsetrain.files import make_folder, write_json, write_whole
 from sparsetrain.sweeping.identity import FREE
 from sparsetrain.sweeping.rows import ROWS
@@ -59,15 +60,17 @@ def write_frontier(
     found, ways = summarise(study), all_lines(study)
     for lines in ways.values():
         _colour(lines)
-    factors = equal_capability(study, ways["size"])
-    text = texts.markdown(study, found, factors)
     title = ", ".join(dict.fromkeys(setting.row["sweep"] for setting in study.settings))
-    for folder in filter(None, (out, publish)):
-        make_folder(Path(folder))
-        write_pictures(Path(folder), study, found, ways)
-        write_json(Path(folder) / "frontier.json", _json(study, found, ways, factors))
-        write_whole(Path(folder) / "frontier.md", text.encode())
-    write_frontier_page(out / "frontier.html", title, study, found, ways, factors)
+    kept = [Path(folder) for folder in (out, publish) if folder]
+    for folder in kept:
+        make_folder(folder)
+    with pictures(kept, panels(study, found, ways)):
+        factors = equal_capability(study, ways["size"])
+        text = texts.markdown(study, found, factors)
+        for folder in kept:
+            write_json(folder / "frontier.json", _json(study, found, ways, factors))
+            write_whole(folder / "frontier.md", text.encode())
+        write_frontier_page(out / "frontier.html", title, study, found, ways, factors)
     if publish:
         write_whole(Path(publish) / ROWS, b"".join((Path(folder) / ROWS).read_bytes() for folder in folders))
         write_json(Path(publish) / "configs.json", _configs(study.models, folders))

@@ -136,7 +136,7 @@ def _outcome(model: Model, task: str, run: str | None) -> list[Any] | None:
         return [row.get("why") or "not reached"]
     folder = model.circuit(task) if run else None
     page = "circuit.html" if folder and os.path.exists(f"{folder}/circuit.html") else ""
-    link = f"{run}/circuits/{quote(task)}/{quote(os.path.basename(folder))}/{page}" if folder else None
+    link = run + quote(f"{folder.removeprefix(str(model.run))}/{page}") if folder and run else None
     return [*(_rounded(row.get(key)) for key in PANEL), link]
 
 

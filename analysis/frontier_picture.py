@@ -1,144 +1,154 @@
-"""The frontier as a picture for papers: PNG and SVG."""
+"""The frontier as a picture for papers: PNG and SVG, drawn by a process of its own while the page is made."""
 
 import io
-from collections.abc import Mapping, Sequence
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.analysis.frontier_data import Study
-from sparsetrain.analysis.frontier_lines import WAYS, Line
-from sparsetrain.analysis.frontier_means import MEANS, Value, default_mean
-from sparsetrain.analysis.frontier_text import target
-from sparsetrain.files import write_whole
+from sparsetrain.files import WriteError, write_whole
 
 SIZE, DPI = (7.2, 4.6), 200  # inches of a panel; dots per inch of the PNG
-MOST_LABELLED, MOST_KEYS = 60, 10  # points with counts; lines with a key
+MOST_LABELLED, MOST_KEYS = 60, 10  # points with labels; lines with a key
+EDGE = 0.985  # where settings without a mean stand, of the height
 RING, QUIET = "#d3a11f", "#3f4654"
-PLACES = [(dx, dy, across, "center") for dy in (6, -6, 0) for dx, across in ((6, "left"), (-6, "right"))]
+SIDES = ((6, "left"), (-6, "right"))
+PLACES = [(dx, dy, {"ha": across, "va": "center"}) for dy in (6, -6, 0) for dx, across in SIDES]
+BELOW = [(dx, -6, {"ha": to, "va": "top", "rotation": 90}) for dx, to in ((0, "center"), (-5, "right"), (5, "left"))]
+Points = Sequence[Mapping[str, Any]]
 
 
-def write_pictures(
-    folder: Path, study: Study, found: Sequence[Mapping[str, Any]], ways: Mapping[str, Sequence[Line]]
-) -> None:
-    """Write frontier.png and frontier.svg, by the mean that is shown first; the same arguments give the same bytes.
+@contextmanager
+def pictures(folders: Sequence[Path], shown: Mapping[str, Any]) -> Iterator[None]:
+    """Draw frontier.png and frontier.svg meanwhile: they are there when the block ends.
 
-    A panel has the lines of equal size, a second one those of equal L0, where some join two points.
+    The same values give the same bytes.
 
     Args:
-        folder: where they go.
-        study: what is compared.
-        found: of each setting, see `frontier_means.summarise`.
-        ways: lines, see `frontier_lines.all_lines`, with a `colour` each.
+        folders: where they go.
+        shown: see `frontier_panels.panels`.
 
     Raises:
-        WriteError: one could not be written.
+        WriteError: one could not be drawn or written.
     """
+    command = [sys.executable, "-m", "sparsetrain.analysis.frontier_picture", *map(str, folders)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin
+        with suppress(BrokenPipeError):  # it died, and says why at the end
+            process.stdin.write(json.dumps(shown))
+            process.stdin.close()
+        yield
+        told = process.stderr.read() if process.stderr else ""
+    if process.returncode:
+        raise WriteError(told.strip() or f"the process that draws the pictures ended with {process.returncode}")
+
+
+def main() -> int:
+    """Write the pictures of the values on stdin to the folders that are named."""
+    shown = json.load(sys.stdin)
+    try:
+        write_pictures([Path(folder) for folder in sys.argv[1:]], shown)
+    except WriteError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def write_pictures(folders: Sequence[Path], shown: Mapping[str, Any]) -> None:
+    """See `pictures`."""
     import matplotlib  # takes a second
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     with matplotlib.rc_context({"svg.hashsalt": "frontier", "svg.fonttype": "none", "font.size": 9}):
-        picture = _picture(study, found, ways)
+        picture = _picture(shown)
         png, svg = io.BytesIO(), io.BytesIO()  # by the canvases: `savefig` draws each twice
         FigureCanvasAgg(picture).print_png(png, metadata={"Software": None})
         FigureCanvasSVG(picture).print_svg(svg, metadata={"Date": None, "Creator": None})
-    write_whole(folder / "frontier.png", png.getvalue())
-    write_whole(folder / "frontier.svg", svg.getvalue())
+    for folder in folders:
+        write_whole(folder / "frontier.png", png.getvalue())
+        write_whole(folder / "frontier.svg", svg.getvalue())
 
 
-def _picture(study: Study, found: Sequence[Mapping[str, Any]], ways: Mapping[str, Sequence[Line]]):
+def _picture(shown: Mapping[str, Any]):
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    drawn = [way for way in WAYS if way == "size" or _joins(ways[way], found, default_mean(study))]
-    picture = Figure(figsize=(SIZE[0] * len(drawn), SIZE[1]), dpi=DPI, layout="constrained")
-    panels = picture.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
-    panels[0].set_ylabel(f"edges at {target(study)}\n({_tasks(study, default_mean(study))})")
-    for axes, way in zip(panels, drawn, strict=True):
-        axes.set_title(WAYS[way], loc="left", fontsize="medium", color=QUIET)
-        _panel(axes, study, found, ways[way])
+    points, panels = shown["points"], shown["panels"]
+    picture = Figure(figsize=(SIZE[0] * len(panels), SIZE[1]), dpi=DPI, layout="constrained")
+    places = picture.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    places[0].set_ylabel(shown["y_label"])
+    for axes, panel in zip(places, panels, strict=True):
+        axes.set_title(panel["title"], loc="left", fontsize="medium", color=QUIET)
+        _panel(axes, points, panel["lines"])
     picture.get_layout_engine().execute(picture)
     picture.set_layout_engine("none")  # its places are found; else they would be again for each file
-    if len(found) <= MOST_LABELLED:
-        values, varied = [of["means"][default_mean(study)] for of in found], _varied(study, ways["size"])
-        for axes in panels:
-            _label(axes, found, values, varied)
+    if len(points) <= MOST_LABELLED:
+        for axes in places:
+            _label(axes, points)
     return picture
 
 
-def _joins(lines: Sequence[Line], found: Sequence[Mapping[str, Any]], mean: str) -> bool:
-    """Whether some line of sparse settings has two that are drawn."""
-    return any(
-        sum(found[i]["means"][mean].mean is not None for i in line["settings"]) > 1
-        for line in lines if not line["dense"]
-    )  # fmt: skip
-
-
-def _panel(axes, study: Study, found: Sequence[Mapping[str, Any]], lines: Sequence[Line]) -> None:
+def _panel(axes, points: Points, lines: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    mean = default_mean(study)
+    few = len(points) <= MOST_LABELLED
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("held-out loss, nats per token")
-    values = [summary["means"][mean] for summary in found]
     for line in lines:
-        _line(axes, line, found, values)
-    rings = [i for i, value in enumerate(values) if value.pareto]
-    axes.scatter([found[i]["val_loss"] for i in rings], [values[i].mean for i in rings], s=130, facecolors="none",
-                 edgecolors=RING, linewidths=1.4, label="on the front")  # fmt: skip
-    _floors(axes, found, values, mean, {i: line["colour"] for line in lines for i in line["settings"]})
-    _edge(axes, found, values)
+        able = [points[i] for i in line["settings"] if points[i]["edges"] is not None]
+        if able:
+            _line(axes, line, able, few)
+    front = [point for point in points if point["front"]]
+    axes.scatter([p["loss"] for p in front], [p["edges"] for p in front], s=130, facecolors="none", edgecolors=RING,
+                 linewidths=1.4, label="on the front")  # fmt: skip
+    colours = {i: line["colour"] for line in lines for i in line["settings"]}
+    if few:
+        _floors(axes, points, colours)
+    _edge(axes, points, colours)
     axes.margins(x=0.1)
     axes.set_ylim(max(axes.get_ylim()[0], 0.7), max(axes.get_ylim()[1], 3))  # no circuit counts as less than one edge
     axes.grid(color="#eceef2")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(found) <= MOST_LABELLED:
+    if few:
         axes.plot([], [], " ", label="n/n: tasks reached, all seeds")
     _legend(axes, len(lines))
 
 
-def _tasks(study: Study, mean: str) -> str:
-    if mean == "common":
-        return f"geometric mean over the same {len(study.common)} of {len(study.tasks)} tasks"
-    return f"geometric mean over {MEANS[mean]}"
-
-
-def _line(axes, line: Line, found: Sequence[Mapping[str, Any]], values: Sequence[Value]) -> None:
-    able = [i for i in line["settings"] if values[i].mean is not None]
-    if not able:
-        return
-    x, y = [found[i]["val_loss"] for i in able], [values[i].mean for i in able]
-    few = len(found) <= MOST_LABELLED
-    for i, a, b in zip(able, x, y, strict=True):
-        colour, value = line["colour"], values[i]
-        if few and value.interval:
-            axes.plot([a, a], value.interval, color=colour, alpha=0.4, linewidth=1)
-        if few and found[i]["loss_interval"]:
-            axes.plot(found[i]["loss_interval"], [b, b], color=colour, alpha=0.4, linewidth=1)
+def _line(axes, line: Mapping[str, Any], points: Points, few: bool) -> None:
+    for point in points if few else ():
+        x, y = point["loss"], point["edges"]
+        if point["interval"]:
+            axes.plot([x, x], point["interval"], color=line["colour"], alpha=0.4, linewidth=1)
+        if point["loss_interval"]:
+            axes.plot(point["loss_interval"], [y, y], color=line["colour"], alpha=0.4, linewidth=1)
     shape = {"marker": "D" if line["dense"] else "o", "markersize": 5 if few else 3}
-    axes.plot(x, y, color=line["colour"], linewidth=1.3, label=line["name"], **shape)
+    axes.plot([p["loss"] for p in points], [p["edges"] for p in points], color=line["colour"], linewidth=1.3,
+              label=line["name"], **shape)  # fmt: skip
 
 
-def _floors(
-    axes, found: Sequence[Mapping[str, Any]], values: Sequence[Value], mean: str, colours: Mapping[int, str]
-) -> None:
+def _floors(axes, points: Points, colours: Mapping[int, str]) -> None:
     """Dashes where nonsense circuits of the same tasks and seeds would stand."""
-    times = [f["floors"][mean].times if mean in f["floors"] else None for f in found]
-    there = [i for i, value in enumerate(values) if value.mean is not None and times[i] is not None]
-    if there and len(found) <= MOST_LABELLED:
-        axes.scatter([found[i]["val_loss"] for i in there], [values[i].mean * times[i] for i in there], marker="_",
-                     s=70, color=[colours[i] for i in there], linewidths=1.5, label="nonsense circuits")  # fmt: skip
+    there = [(point["loss"], point["nonsense"], colours[i]) for i, point in enumerate(points) if point["nonsense"]]
+    if there:
+        x, y, colour = zip(*there, strict=True)
+        axes.scatter(x, y, marker="_", s=70, color=colour, linewidths=1.5, label="nonsense circuits")
 
 
-def _edge(axes, found: Sequence[Mapping[str, Any]], values: Sequence[Value]) -> None:
+def _edge(axes, points: Points, colours: Mapping[int, str]) -> None:
     """Settings without a mean, at the upper edge: they are there, and reach too little."""
-    none = [summary["val_loss"] for summary, value in zip(found, values, strict=True) if value.mean is None]
-    if none:
-        axes.plot(none, [0.985] * len(none), "v", color="#9aa0ab", markersize=5, clip_on=False,
-                  transform=axes.get_xaxis_transform(), label="miss a task")  # fmt: skip
+    name = "miss a task"
+    for i, point in enumerate(points):
+        if point["edges"] is None:
+            axes.plot(point["loss"], EDGE, "v", color=colours[i], markersize=5, clip_on=False, label=name,
+                      transform=axes.get_xaxis_transform())  # fmt: skip
+            name = None
 
 
 def _legend(axes, n_lines: int) -> None:
@@ -150,31 +160,19 @@ def _legend(axes, n_lines: int) -> None:
     axes.legend(handles, names, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
 
 
-def _varied(study: Study, lines: Sequence[Line]) -> dict[int, str]:
-    """Of each setting what tells it from the others of its line."""
-    told = {}
-    for line in lines:
-        values = {i: study.settings[i].row["values"] for i in line["settings"]}
-        keys = [key for key in values[line["settings"][0]] if len({str(of.get(key)) for of in values.values()}) > 1]
-        told |= {i: " ".join(f"{key.rpartition('.')[2]}={of.get(key)}" for key in keys) for i, of in values.items()}
-    return told
-
-
-def _label(axes, found: Sequence[Mapping[str, Any]], values: Sequence[Value], varied: Mapping[int, str]) -> None:
-    """Beside each point what it is, and how many outcomes of how many reached the target, where there is room.
-
-    Limits must stand.
-    """
-    there = [i for i, value in enumerate(values) if value.mean is not None]
-    dots = axes.transData.transform([[found[i]["val_loss"], values[i].mean] for i in there] or [[0, 1]])
+def _label(axes, points: Points) -> None:
+    """Beside each point what it is, where there is room. Limits must stand."""
+    across = axes.get_xaxis_transform()
+    at = [(p["loss"], EDGE, across, BELOW) if p["edges"] is None else (p["loss"], p["edges"], axes.transData, PLACES)
+          for p in points]  # fmt: skip
+    dots = [transform.transform((x, y)) for x, y, transform, _ in at]
+    dots += [axes.transData.transform((point["loss"], point["nonsense"])) for point in points if point["nonsense"]]
     unit = axes.figure.dpi / 72
     taken = [(x - 4 * unit, y - 4 * unit, x + 4 * unit, y + 4 * unit) for x, y in dots]
-    for i in there:
-        arrow = "↑ " if values[i].at_least else ""
-        text = ", ".join(filter(None, (varied[i], f"{arrow}{found[i]['n_reached']}/{found[i]['n_asked']}")))
-        for dx, dy, across, up in PLACES:
-            label = axes.annotate(text, (found[i]["val_loss"], values[i].mean), (dx, dy), fontsize=7, color=QUIET,
-                                  textcoords="offset points", ha=across, va=up)  # fmt: skip
+    for point, (x, y, transform, places) in zip(points, at, strict=True):
+        for *moved, how in places:
+            label = axes.annotate(point["label"], (x, y), moved, xycoords=transform, textcoords="offset points",
+                                  fontsize=7, color=QUIET, **how)  # fmt: skip
             box = label.get_window_extent().extents
             inside = axes.bbox.x0 <= box[0] and box[2] <= axes.bbox.x1 and axes.bbox.y0 <= box[1]
             if inside and not any(_meet(box, other) for other in taken):
@@ -185,3 +183,7 @@ def _label(axes, found: Sequence[Mapping[str, Any]], values: Sequence[Value], va
 
 def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

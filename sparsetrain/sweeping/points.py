@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
-from functools import cached_property, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ class Point:
         arm: the name of its variant; empty where a sweep names none.
         values: what the grid and the samples set, by key.
         config: the run's resolved config; its run directory is the point's.
+        identity: the keys that make the point what it is: all that are not at their defaults and not in FREE.
     """
 
     arm: str
     values: dict[str, Any]
     config: RunConfig
+    identity: dict[str, Any]
 
     @property
     def id(self) -> str:
@@ -51,11 +53,6 @@ class Point:
     @property
     def folder(self) -> Path:
         return self.config.run_dir
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """The keys that make the point what it is: all that are not at their defaults and not in FREE."""
-        return identity(self.config)
 
     @property
     def group(self) -> tuple[str, str]:
@@ -228,8 +225,10 @@ def _point(sweep: Sweep, arm: str, values: dict[str, Any], config: RunConfig, se
     config = with_values(config, {"run.seed": seed, "run.out": str(sweep.options.folder / "points")})
     if engine.kind != "serial" and config.run.threads is None:
         config = with_values(config, {"run.threads": engine.cpus})
-    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
-    return Point(arm, values, with_values(config, {"run.name": f"{_label(arm, values)}_seed-{seed}_{digest}"}))
+    what = identity(config)  # which names and folders do not change
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+    named = with_values(config, {"run.name": f"{_label(arm, values)}_seed-{seed}_{digest}"})
+    return Point(arm, values, named, what)
 
 
 def _label(arm: str, values: Mapping[str, Any]) -> str:
