@@ -328,14 +328,14 @@ def _over_training(options: argparse.Namespace, config: PruneConfig) -> None:
 
 def _sweep(options: argparse.Namespace) -> int:
     from sparsetrain.sweeping.run import not_done, plan, sweep
-    from sparsetrain.sweeping.table import table
+    from sparsetrain.sweeping.table import TABLE
 
     config = load_sweep(options.config)
     if options.plan:
         print(plan(config))
         return 0
     rows = sweep(config, options.retry)
-    print(table(rows), end="")
+    print((config.options.folder / TABLE).read_text(), end="")
     print(f"rows: {config.options.folder / 'rows.jsonl'}")
     if left := not_done(config):
         print(f"{len(left)} points are not done ({left[0].id}, ...): give the command again", file=sys.stderr)

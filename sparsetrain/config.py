@@ -305,8 +305,8 @@ def config_to_yaml(config: Any) -> str:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """The whole config as nested plain values."""
-    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+    """The whole config as nested plain values, lists not to be written to."""
+    return {key: config_to_dict(value) if is_dataclass(value) else value for key, value in vars(config).items()}
 
 
 def value_of(config: Any, key: str) -> Any:

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from sparsetrain.sweeping.plan import KNOWN, TIMED, Estimate, estimates, plan_text
+from sparsetrain.sweeping import plan
+from sparsetrain.sweeping.plan import KNOWN, TIMED, Estimate, plan_text
 from sparsetrain.sweeping.points import expand
-from sparsetrain.sweeping.records import jobs
+from sparsetrain.sweeping.records import jobs, recorded
 from sparsetrain.sweeping.sweep_config import load_sweep
 
 
@@ -18,6 +19,10 @@ class Timing:
     def run(self, job):
         self.n += 1
         job.write(result={"train_seconds": 100.0, "train_peak_bytes": 10})
+
+
+def estimates(config, points, worker):
+    return plan.estimates(config, points, {point.id: recorded(config, point) for point in points}, worker)
 
 
 @pytest.mark.parametrize("steps, n_timed", [(90, 1), (120, 2), (10_000, 6)])
@@ -112,3 +117,5 @@ def test_the_plan_says_how_many_points_run_at_once_and_the_time_that_follows(tmp
         done = {name: replace(one, trained=True) for name, one in expected.items()}
         text = plan_text(config, points, [], done, Two())
         assert "training: about 90 s" in text and "about 45 s in all" in text
+    else:
+        assert "nothing is left to do" in plan_text(config, points, [], expected, Two())

@@ -82,7 +82,14 @@ def test_a_failed_point_is_counted_and_gives_no_numbers():
 
 @pytest.mark.parametrize(
     "values, text",
-    [([], ""), ([None], ""), ([3.14159], "3.14"), ([12345.6], "12346"), ([1, None, "few", 3], "2 +- 1.41")],
+    [
+        ([], ""),
+        ([None], ""),
+        ([3.14159], "3.14"),
+        ([12345.6], "12346"),
+        ([1, None, "few", 3], "2 +- 1.41"),
+        ([0.1] * 3, "0.1 +- 0"),
+    ],
 )
 def test_means_are_rounded(values, text):
     assert mean_and_deviation(values) == text

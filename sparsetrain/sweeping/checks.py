@@ -2,10 +2,9 @@
 
 import json
 import time
-from dataclasses import asdict
 from typing import Any
 
-from sparsetrain.config import ConfigError, RunConfig, load_config
+from sparsetrain.config import ConfigError, RunConfig, config_to_dict, load_config
 from sparsetrain.sweeping.identity import identity
 from sparsetrain.sweeping.points import Point
 from sparsetrain.sweeping.records import LOG, RECORDS, Job, digest, read_records
@@ -39,7 +38,7 @@ def check_before(config: Sweep, points: list[Point], worker: Worker) -> None:
         ConfigError: something cannot be used.
     """
     options = config.options
-    corpora = {json.dumps(asdict(point.config.data)): asdict(point.config.data) for point in points}
+    corpora = {json.dumps(data): data for data in (config_to_dict(point.config.data) for point in points)}
     tasks = {task: digest(task) for task in options.tasks if task != ALL}
     order = {"tasks": tasks, "method": options.method, "measures": options.measures, "data": list(corpora.values())}
     asked = {"at": time.time()}  # each time anew: files and modules may have changed or gone since

@@ -1,16 +1,17 @@
 """What is left of a sweep, and how long it may take: from points that are done, or else from a few timed steps."""
 
 import platform
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from statistics import fmean
 
-from sparsetrain.config import RunConfig
+from sparsetrain.config import RunConfig, config_to_dict
 from sparsetrain.sweeping.draws import known_draws
 from sparsetrain.sweeping.engines import Engine
 from sparsetrain.sweeping.identity import not_default
 from sparsetrain.sweeping.points import Point
-from sparsetrain.sweeping.records import Job, Recorded, recorded
+from sparsetrain.sweeping.records import Job, Recorded
 from sparsetrain.sweeping.sweep_config import ALL, Sweep
 from sparsetrain.sweeping.worker import Worker
 
@@ -61,19 +62,22 @@ class Estimate:
         return (self.train_left or 0) + (self.task_seconds or 0) * self.tasks_left
 
 
-def estimates(config: Sweep, points: list[Point], worker: Worker | None) -> dict[str, Estimate]:
+def estimates(
+    config: Sweep, points: list[Point], found: Mapping[str, Recorded], worker: Worker | None
+) -> dict[str, Estimate]:
     """An estimate for each point, by its id; steps are timed where no other seed of the point is done.
 
     Args:
         config: the sweep.
         points: its points.
+        found: what is recorded of each, by its id.
         worker: times steps; None: none are timed, since the points run on other machines.
     """
-    found = {point.id: recorded(config, point) for point in points}
-    cells = {point.group: point for point in points}
-    known = {group: _known([found[p.id] for p in points if p.group == group]) for group in cells}
+    groups = _grouped(points)
+    cells = {group: of[-1] for group, of in groups.items()}
+    known = {group: _known([found[point.id] for point in of]) for group, of in groups.items()}
     unknown = [point for group, point in cells.items() if known[group] is None]
-    steps = sum(point.config.train.steps for point in points if known[point.group] is None)
+    steps = sum(point.config.train.steps for group, of in groups.items() if known[group] is None for point in of)
     n_timed = min(MOST_TIMED, max(1, int(steps * TIMED_SHARE / (2 * STEPS)))) if worker else 0
     timed = {point.group: _timed(config, point, worker) for point in _spread(unknown, n_timed)} if worker else {}
     pruned = [
@@ -93,6 +97,13 @@ def estimates(config: Sweep, points: list[Point], worker: Worker | None) -> dict
     }  # fmt: skip
 
 
+def _grouped(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.group, []).append(point)
+    return groups
+
+
 def _n_tasks(config: Sweep, of: Recorded) -> int | None:
     """How many tasks a point prunes; None before it is known what its model does."""
     known = ALL not in config.options.tasks or any(
@@ -105,15 +116,13 @@ def plan_text(
     config: Sweep, points: list[Point], left: list[Point], expected: dict[str, Estimate], engine: Engine
 ) -> str:
     """The plan as a table: a line for all seeds of a combination, then the sum over what is left, and the wall time."""
-    cells: dict[tuple[str, str], list[Point]] = {}
-    for point in points:
-        cells.setdefault(point.group, []).append(point)
+    cells, still = _grouped(points), {point.id for point in left}
     width = max(len(_cell_name(of[0])) for of in cells.values())
     lines = [
         f"{config.options.folder}: {len(points)} points, {len(points) - len(left)} done or failed, {len(left)} left"
     ]
     for of in cells.values():
-        one, open_points = expected[of[0].id], [expected[point.id] for point in of if point in left]
+        one, open_points = expected[of[0].id], [expected[point.id] for point in of if point.id in still]
         n_trained = sum(point.trained for point in open_points)
         trained = f" ({n_trained} trained)" if n_trained else ""
         lines.append(
@@ -141,7 +150,9 @@ def _wall_time(config: Sweep, to_come: list[Estimate], engine: Engine) -> str:
     asked += [f"{options.memory:g} GiB"] if options.memory else []
     each = f", each with {', '.join(filter(None, asked))}" if options.kind != "serial" else ""
     rooms = "as many points at once as there is room for" if engine.at_once is None else f"{engine.at_once} at once"
-    if not to_come or engine.at_once is None or any(one.train_left is None for one in to_come):
+    if not to_come:
+        return f"engine: {engine.words}; {rooms}{each}; nothing is left to do"
+    if engine.at_once is None or any(one.train_left is None for one in to_come):
         return f"engine: {engine.words}; {rooms}{each}; how long it takes is not known yet"
     taken = [one.seconds for one in to_come]
     seconds = max(max(taken), sum(taken) / engine.at_once)
@@ -182,7 +193,7 @@ def _spread(points: list[Point], n: int) -> list[Point]:
 def _timed(config: Sweep, point: Point, worker: Worker) -> tuple[float | None, int | None, str]:
     others = ("run.name", "run.out", "run.seed")
     asked = {key: value for key, value in not_default(point.config) if key not in others} | {"machine": platform.node()}
-    order = {"config": asdict(point.config), "steps": STEPS}
+    order = {"config": config_to_dict(point.config), "steps": STEPS}
     name = f"calibrate-{point.id.rpartition('_seed-')[0]}"
     job = Job(name, "calibrate", config.options.folder / "plan", asked, order)
     error = None if job.record() else worker.run(job)

@@ -5,6 +5,7 @@ A record says what was asked, so that a job whose settings changed since counts 
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from sparsetrain.config import config_to_dict
 from sparsetrain.files import write_json
 from sparsetrain.sweeping.identity import not_default
 from sparsetrain.sweeping.points import Point
@@ -47,9 +49,9 @@ class Job:
     def record(self) -> dict[str, Any]:
         """What is recorded of the job: `result`, or `error`, or nothing that answers what is asked now."""
         found = read_records(self.file).get(self.name, {})
-        if found.get("asked") != json.loads(json.dumps(self.asked)):
+        if found.get("asked") != self.asked and found.get("asked") != json.loads(json.dumps(self.asked)):
             return {}
-        gone = self.makes and not any((self.folder / name).exists() for name in self.makes)
+        gone = self.makes and not any(os.path.exists(f"{self.folder}/{name}") for name in self.makes)
         return {} if gone and "result" in found and not is_impossible(found["result"]) else found
 
     def write(self, **outcome: Any) -> None:
@@ -86,8 +88,8 @@ def seconds(done: Recorded) -> float:
 
 def jobs(sweep: Sweep, point: Point) -> Iterator[Job]:
     """The jobs of a point in their order; which tasks are pruned may depend on the record of the one before."""
-    run = {"config": asdict(point.config)}  # not by OmegaConf, which takes a thousand times as long
-    yield Job("train", "train", point.folder, point.identity, run, ("model",))
+    run, folder = {"config": config_to_dict(point.config)}, point.folder
+    yield Job("train", "train", folder, point.identity, run, ("model",))
     if ALL in sweep.options.tasks:
         yield abilities(sweep, point, run)
     circuits = []
@@ -97,7 +99,7 @@ def jobs(sweep: Sweep, point: Point) -> Iterator[Job]:
     for measure in sweep.options.measures:
         asked = {"measure": measure, "circuits": hashlib.sha256(json.dumps(circuits).encode()).hexdigest()}
         order = {**run, "measure": measure}
-        yield Job(f"measure-{measure.replace(':', '.')}", "measure", point.folder, asked, order)
+        yield Job(f"measure-{measure.replace(':', '.')}", "measure", folder, asked, order)
 
 
 def abilities(sweep: Sweep, point: Point, run: dict[str, Any]) -> Job:
@@ -112,7 +114,7 @@ def prunings(sweep: Sweep, point: Point, run: dict[str, Any]) -> Iterator[Job]:
     if ALL in sweep.options.tasks:
         scores = abilities(sweep, point, run).record().get("result", {})
         named += [task for task, score in scores.items() if is_done(score, sweep) and task not in named]
-    settings, prune = dict(not_default(sweep.prune)), asdict(sweep.prune)
+    settings, prune = dict(not_default(sweep.prune)), config_to_dict(sweep.prune)
     circuit = sweep.prune.name or sweep.options.method
     for task in named:
         asked = {"task": task, "text": digest(task), "method": sweep.options.method, "prune": settings}

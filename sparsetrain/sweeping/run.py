@@ -16,11 +16,11 @@ from sparsetrain.sweeping.engines import Engine, engine_of
 from sparsetrain.sweeping.plan import estimates, plan_text
 from sparsetrain.sweeping.points import Point, expand
 from sparsetrain.sweeping.progress import Progress
-from sparsetrain.sweeping.records import look_anew, recorded, seconds
+from sparsetrain.sweeping.records import Recorded, look_anew, recorded, seconds
 from sparsetrain.sweeping.rows import point_rows, write_rows
 from sparsetrain.sweeping.search import Search
 from sparsetrain.sweeping.sweep_config import SWEEP, Sweep, sweep_to_yaml
-from sparsetrain.sweeping.table import table
+from sparsetrain.sweeping.table import TABLE, table
 from sparsetrain.sweeping.worker import LOCK, Worker
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,10 @@ def plan(config: Sweep) -> str:
     check(config, points)
     with Worker(config.options.engine.hides_gpus) as worker, engine_of(config, worker) as engine:
         check_before(config, points, worker)
-        left = [point for point in points if is_left(recorded(config, point))]
-        return plan_text(config, points, left, estimates(config, points, worker if engine.here else None), engine)
+        found = {point.id: recorded(config, point) for point in points}
+        left = [point for point in points if is_left(found[point.id])]
+        expected = estimates(config, points, found, worker if engine.here else None)
+        return plan_text(config, points, left, expected, engine)
 
 
 def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> list[dict[str, Any]]:
@@ -64,12 +66,9 @@ def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> l
     check(config, points)
     make_folder(config.options.folder)
     with _alone(config.options.folder):
-        rows, left = {}, []
-        for point in points:
-            done = recorded(config, point)
-            rows[point.id] = point_rows(config, point, done)
-            if is_left(done, retry):
-                left.append(point)
+        found = {point.id: recorded(config, point) for point in points}
+        rows = {point.id: point_rows(config, point, found[point.id]) for point in points}
+        left = [point for point in points if is_left(found[point.id], retry)]
         search = Search(config) if config.options.adaptive else None
         if left or (search and search.n_left):
             own = nullcontext(worker) if worker else Worker(config.options.engine.hides_gpus)
@@ -77,7 +76,7 @@ def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> l
                 check_before(config, left or points, jobs)
                 _write_config(config)
                 try:
-                    _run(config, points, left, rows, jobs, engine, search, retry)
+                    _run(config, points, left, found, rows, jobs, engine, search, retry)
                 finally:
                     _write(config, rows)
         else:
@@ -115,14 +114,14 @@ def _write(config: Sweep, rows: Rows) -> None:
 
 def _write_table(config: Sweep, rows: Rows) -> None:
     text = table([row for of_point in rows.values() for row in of_point])
-    write_whole(config.options.folder / "table.md", text.encode())
+    write_whole(config.options.folder / TABLE, text.encode())
 
 
 def _run(
-    config: Sweep, points: list[Point], left: list[Point], rows: Rows, worker: Worker, engine: Engine,
-    search: Search | None, retry: bool,
+    config: Sweep, points: list[Point], left: list[Point], found: dict[str, Recorded], rows: Rows, worker: Worker,
+    engine: Engine, search: Search | None, retry: bool,
 ) -> None:  # fmt: skip
-    expected = estimates(config, points, worker if engine.here else None)
+    expected = estimates(config, points, found, worker if engine.here else None)
     log.info("%s", plan_text(config, points, left, expected, engine))
     for point in left if retry else ():
         if not under_way(point):  # a job of Slurm's, say, that writes its own records
