@@ -1,5 +1,6 @@
 """The frontier of sweeps: what is written of it, and where."""
 
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from bokeh.palettes import Viridis256
 from tqdm import tqdm
 
 from sparsetrain.analysis import frontier_text as texts
-from sparsetrain.analysis.frontier_data import FrontierError, Model, Study, read_study
+from sparsetrain.analysis.frontier_data import FrontierError, Model, Study, each_once, read_study
 from sparsetrain.analysis.frontier_lines import Line, all_lines, equal_capability
 from sparsetrain.analysis.frontier_means import default_mean, summarise
 from sparsetrain.analysis.frontier_page import write_frontier_page
@@ -21,7 +22,7 @@ from sparsetrain.sweeping.identity import FREE
 from sparsetrain.sweeping.rows import ROWS
 from sparsetrain.sweeping.sweep_config import SWEEP, read_leaves
 
-FORMAT = "sparsetrain-frontier-1"
+FORMAT, CONFIGS = "sparsetrain-frontier-1", "configs.json"
 MADE_ON = ("device", "commit", "date", "python", "versions", "corpus")  # of a run's environment, what is published
 DENSE_COLOUR, BRIGHTEST = "#111827", 215  # the yellow end of the palette cannot be read on white
 
@@ -48,12 +49,10 @@ def write_frontier(
         FrontierError: no frontier can be drawn of these, or two sweeps of one name are to be published together.
         WriteError: a file could not be written.
     """
+    folders = each_once(folders)
     study = read_study(folders)
-    if publish and len({setting.row["sweep"] for setting in study.settings}) < len(set(map(Path, folders))):
-        raise FrontierError(
-            "sweeps that are published together must have different names, by which their rows are told apart, got "
-            f"{', '.join(map(str, folders))}; publish each by itself"
-        )
+    if publish:
+        _refuse_to_publish(study, folders, Path(publish))
     if pages:
         _write_circuit_pages(study)
     out = Path(out or folders[0])
@@ -72,9 +71,23 @@ def write_frontier(
             write_whole(folder / "frontier.md", text.encode())
         write_frontier_page(out / "frontier.html", title, study, found, ways, factors)
     if publish:
-        write_whole(Path(publish) / ROWS, b"".join((Path(folder) / ROWS).read_bytes() for folder in folders))
-        write_json(Path(publish) / "configs.json", _configs(study.models, folders))
+        configs = _configs(study.models, folders)
+        write_whole(Path(publish) / ROWS, b"".join((folder / ROWS).read_bytes() for folder in folders))
+        write_json(Path(publish) / CONFIGS, configs)
     return out, text
+
+
+def _refuse_to_publish(study: Study, folders: Sequence[Path], publish: Path) -> None:
+    if len({setting.row["sweep"] for setting in study.settings}) < len(folders):
+        raise FrontierError(
+            "sweeps that are published together must have different names, by which their rows are told apart, got "
+            f"{', '.join(map(str, folders))}; publish each by itself"
+        )
+    others = [folder for folder in folders if folder.resolve() != publish.resolve()]
+    if (publish / SWEEP).exists() or (others and len(others) < len(folders)):
+        raise FrontierError(
+            f"publish must be a folder of its own, got {publish}, whose {ROWS} are a sweep's and would be lost"
+        )
 
 
 def _write_circuit_pages(study: Study) -> None:
@@ -120,20 +133,34 @@ def _json(
     }  # fmt: skip
 
 
-def _configs(models: Sequence[Model], folders: Sequence[str | Path]) -> dict[str, Any]:
+def _configs(models: Sequence[Model], folders: Sequence[Path]) -> dict[str, Any]:
     """How circuits were searched for, and the config and environment of every run: what all share, and what each has
     besides; names and places of computing left out."""
-    read = {m.row["point"]: _config(m.run) for m in models if (m.run / "config.yaml").exists()}
+    kept = [_published(folder) for folder in folders]
+    read = {name: of["shared"] | own for of in kept for name, own in of["points"].items()}
+    read |= {f"{m.row['sweep']}/{m.row['point']}": _config(m.run) for m in models if (m.run / "config.yaml").exists()}
     first = next(iter(read.values()), {})
     shared = {key: value for key, value in first.items() if all(of.get(key) == value for of in read.values())}
     points = {p: {k: v for k, v in of.items() if k not in shared} for p, of in read.items()}
-    files = (Path(folder) / SWEEP for folder in folders)
-    searches = [_search(read_leaves([str(file)])) for file in files if file.exists()]
-    return {"searches": searches, "shared": shared, "points": points}
+    searches = [_searches(folder) or of["searches"] for folder, of in zip(folders, kept, strict=True)]
+    return {"searches": [*itertools.chain(*searches)], "shared": shared, "points": points}
 
 
-def _search(sweep: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: sweep[key] for key in ("name", "tasks", "method", "prune") if key in sweep}
+def _published(folder: Path) -> dict[str, Any]:
+    """What was published of runs that need not be there any more."""
+    if not (file := folder / CONFIGS).exists():
+        return {"searches": [], "shared": {}, "points": {}}
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise FrontierError(f"{file} must be as it was published, got: {error}; move it away to do without") from None
+
+
+def _searches(folder: Path) -> list[dict[str, Any]]:
+    if not (file := folder / SWEEP).exists():
+        return []
+    sweep = read_leaves([str(file)])
+    return [{key: sweep[key] for key in ("name", "tasks", "method", "prune") if key in sweep}]
 
 
 def _config(run: Path) -> dict[str, Any]:

@@ -20,11 +20,17 @@ from sparsetrain.sweeping.sweep_config import SWEEP, load_sweep
 
 Row = dict[str, Any]
 NEEDED = {"sweep", "point", "arm", "values", "seed", "n_params", "n_nonzero", "val_loss", "task", "error"}
+OF_A_CIRCUIT = {"n_edges", "task_loss"}
 DENSE = 0.99  # share of nonzero weights from which on a model counts as dense
 
 
 class FrontierError(ValueError):
     """Sweeps from which no frontier can be drawn."""
+
+
+def named(key: str, value: Any) -> str:
+    """A value of a sweep with the last part of its key."""
+    return f"{key.rpartition('.')[2]}={f'{value:.10g}' if isinstance(value, float) else value}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Setting:
 
     @cached_property
     def name(self) -> str:
-        values = [f"{key.rpartition('.')[2]}={value}" for key, value in self.row["values"].items()]
+        values = [named(key, value) for key, value in self.row["values"].items()]
         return " ".join(filter(None, (self.row["arm"], *values))) or self.row["point"]
 
     @cached_property
@@ -177,7 +183,8 @@ def read_study(folders: Sequence[str | Path]) -> Study:
         FrontierError: one holds no rows, no model is trained, no task has an outcome, or the sweeps cannot be compared
             since their target losses, corpora, tokenizers or graphs differ.
     """
-    rows = [(folder, row) for folder in dict.fromkeys(map(Path, folders)) for row in _rows(folder)]
+    folders = each_once(folders)
+    rows = [(folder, row) for folder in folders for row in _rows(folder)]
     models = _models(rows)
     where = ", ".join(map(str, folders))
     if not models:
@@ -204,14 +211,30 @@ def read_study(folders: Sequence[str | Path]) -> Study:
     )  # fmt: skip
 
 
+def each_once(folders: Sequence[str | Path]) -> list[Path]:
+    """Folders, of which one may be spelt in several ways."""
+    return list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
+
+
 def _rows(folder: Path) -> list[Row]:
     try:
         rows = read_rows(folder)
     except (OSError, ValueError) as error:
         raise FrontierError(f"{folder} must hold the {ROWS} of a sweep, got: {error}") from None
-    if not all(isinstance(row, dict) and row.keys() >= NEEDED for row in rows):
-        raise FrontierError(f"{folder / ROWS} must have lines with {', '.join(sorted(NEEDED))}, got others")
+    if other := next((i for i, row in enumerate(rows, 1) if not _is_row(row)), None):
+        raise FrontierError(
+            f"{folder / ROWS} must have lines with {', '.join(sorted(NEEDED))}, and {', '.join(sorted(OF_A_CIRCUIT))} "
+            f"as numbers where a task is reached, got another in line {other}"
+        )
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not row.keys() >= NEEDED:
+        return False
+    numbers = [] if row["val_loss"] is None else [row["val_loss"], row["n_params"], row["n_nonzero"] or None]
+    numbers += [row.get(key) for key in OF_A_CIRCUIT] if row["task"] and row.get("reached") else []
+    return ("reached" in row or not row["task"]) and all(isinstance(number, (int, float)) for number in numbers)
 
 
 def _models(rows: list[tuple[Path, Row]]) -> list[Model]:
@@ -268,15 +291,16 @@ def _common(settings: list[Setting], tasks: list[str], trivial: list[str]) -> li
     return [task for task in tasks if task in by_reach[:best]]
 
 
-def _not_begun(rows: list[tuple[Path, Row]], folders: Sequence[str | Path]) -> list[str]:
+def _not_begun(rows: list[tuple[Path, Row]], folders: Sequence[Path]) -> list[str]:
     """Points of the sweeps' own configs that have no row, as far as these can be read from here."""
     begun = {(folder, row["point"]) for folder, row in rows}
     told = []
-    for folder in dict.fromkeys(map(Path, folders)):
+    for folder in folders:
         if not (file := folder / SWEEP).exists():
             continue
+        place = {"out": str(folder.resolve().parent), "name": folder.resolve().name}
         try:
-            sweep = load_sweep([str(file), f"out={json.dumps(str(folder.parent))}", f"name={json.dumps(folder.name)}"])
+            sweep = load_sweep([str(file), *(f"{key}={json.dumps(value)}" for key, value in place.items())])
             points = expand(sweep)
         except ConfigError as error:
             told.append(f"{file}: which points it has cannot be told from here: {error}")

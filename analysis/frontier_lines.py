@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsetrain.analysis.frontier_data import Row, Setting, Study
+from sparsetrain.analysis.frontier_data import Row, Setting, Study, named
 from sparsetrain.analysis.frontier_means import draw, interval
 from sparsetrain.config import EVERY_SITE
 from sparsetrain.sweeping.points import SPARSE_SECTIONS
@@ -94,7 +94,7 @@ def _matched(setting: Setting) -> dict[str, Any]:
 
 
 def _told(shared: dict[str, Any]) -> str:
-    words = [f"{key.rpartition('.')[2]}={value}" if key else value for key, value in shared.items()]
+    words = [named(key, value) if key else value for key, value in shared.items()]
     return " ".join(words) or "all"
 
 

@@ -58,8 +58,9 @@ def summarise(study: Study) -> list[dict[str, Any]]:
 
     Returns:
         By setting: val_loss and `loss_interval`, one standard error over seeds to both sides; `means`, a Value by each
-        of MEANS; n_reached of n_asked outcomes over all its seeds, n_open without one; `floors`, a Floor over the tasks
-        of `common`, and over those of `own` that are not trivial.
+        of MEANS; n_reached of n_asked outcomes over all its seeds, n_open without one; whether it `missed` one of the
+        common tasks (or of all, where there are none), in place of not being through with them; `floors`, a Floor over
+        the tasks of `common`, and over those of `own` that are not trivial.
     """
     rng = np.random.default_rng(0)
     drawn = {n: draw(rng, n) for n in {len(study.tasks), len(study.common)} if n}
@@ -119,7 +120,8 @@ def _summary(setting: Setting, study: Study, drawn: dict[int, np.ndarray], rng: 
         "loss_interval": _within_an_error(setting.val_losses) if len(setting.models) > 1 else None,
         "means": {name: means[name] for name in MEANS},
         "n_reached": int(reached.sum()), "n_asked": int(there.sum()),
-        "n_open": int((~there).sum()), "floors": floors,
+        "n_open": int((~there).sum()), "missed": bool((there & ~reached)[:, chosen or slice(None)].any()),
+        "floors": floors,
     }  # fmt: skip
 
 

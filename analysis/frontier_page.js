@@ -124,9 +124,10 @@ const frontierPage = (() => {
     const range = interval ? ` [${interval.map((v) => number(v)).join(", ")}]` : "";
     const edges = mean === null ? "no such mean" : `${at_least ? "at least " : ""}${number(mean)} edges${range}`;
     const { times, n_reached, n_asked } = s.floors[shown.mean] ?? s.floors.own;
+    const open = s.n_open ? `, ${s.n_open} not finished` : "";
     const nonsense = `${n_reached} of ${n_asked} found${times === null ? "" : `, ${number(times)} times as large`}`;
     return [
-      `loss ${number(s.loss, 4)}, ${edges}`, `tasks reached: ${s.n_reached} of ${s.n_asked} over all seeds`,
+      `loss ${number(s.loss, 4)}, ${edges}`, `tasks reached: ${s.n_reached} of ${s.n_asked} over all seeds${open}`,
       `${s.n_nonzero.toLocaleString()} of ${s.n_params.toLocaleString()} weights, seeds ${seeds(s)}`,
       `nonsense circuits: ${nonsense}`,
     ].join("<br>");

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsetrain.analysis.frontier_data import Study
+from sparsetrain.analysis.frontier_data import Study, named
 from sparsetrain.analysis.frontier_lines import WAYS, Line
 from sparsetrain.analysis.frontier_means import MEANS, default_mean
 from sparsetrain.analysis.frontier_text import target
@@ -19,17 +19,19 @@ def panels(study: Study, found: Sequence[Mapping[str, Any]], ways: Mapping[str, 
 
     Returns:
         `y_label`; `points`, one for each setting, with its held-out `loss` and `loss_interval`, nats per token, its
-        mean `edges` and their `interval` (None without), whether it is on the `front`, the edges of circuits for
-        `nonsense` answers to the same tasks (None without), and a `label` of what it is; `panels`, each with a `title`
-        and its `lines`: those of equal size, and those of equal L0 where some join two points.
+        mean `edges` and their `interval` (None without), whether it `missed` a task of the mean, whether it is on the
+        `front`, and the edges of circuits for `nonsense` answers to the same tasks (None without); `panels`, each with
+        a `title`, its `lines`, those of equal size, and those of equal L0 where some join two points, and by point
+        `labels` of what it is.
     """
     mean = default_mean(study)
     shown = [way for way in WAYS if way == "size" or _joins(ways[way], found, mean)]
-    varied = _varied(study, ways["size"])
     return {
         "y_label": f"edges at {target(study)}\n({_tasks(study, mean)})",
-        "points": [_point(summary, mean, varied[i]) for i, summary in enumerate(found)],
-        "panels": [{"title": WAYS[way], "lines": ways[way]} for way in shown],
+        "points": [_point(summary, mean) for summary in found],
+        "panels": [
+            {"title": WAYS[way], "lines": ways[way], "labels": _labels(study, found, ways[way], mean)} for way in shown
+        ],
     }
 
 
@@ -47,22 +49,24 @@ def _tasks(study: Study, mean: str) -> str:
     return f"geometric mean over {MEANS[mean]}"
 
 
-def _varied(study: Study, lines: Sequence[Line]) -> dict[int, str]:
-    """Of each setting what tells it from the others of its line."""
-    told = {}
+def _labels(study: Study, found: Sequence[Mapping[str, Any]], lines: Sequence[Line], mean: str) -> list[str]:
+    """Of each setting what tells it from the others of its line, and how many outcomes reached the target."""
+    told = [""] * len(found)
     for line in lines:
         values = {i: study.settings[i].row["values"] for i in line["settings"]}
         keys = [key for key in values[line["settings"][0]] if len({str(of.get(key)) for of in values.values()}) > 1]
-        told |= {i: " ".join(f"{key.rpartition('.')[2]}={of.get(key)}" for key in keys) for i, of in values.items()}
+        for i, of in values.items():
+            reached = f"{'↑ ' * found[i]['means'][mean].at_least}{found[i]['n_reached']}/{found[i]['n_asked']}"
+            still = f"{found[i]['n_open']} open" * bool(found[i]["n_open"])
+            told[i] = ", ".join(filter(None, (" ".join(named(key, of.get(key)) for key in keys), reached, still)))
     return told
 
 
-def _point(found: Mapping[str, Any], mean: str, varied: str) -> dict[str, Any]:
+def _point(found: Mapping[str, Any], mean: str) -> dict[str, Any]:
     value, floor = found["means"][mean], found["floors"].get(mean)
     there = value.mean is not None and floor is not None and floor.times is not None
-    reached = f"{'↑ ' * value.at_least}{found['n_reached']}/{found['n_asked']}"
     return {
         "loss": found["val_loss"], "loss_interval": found["loss_interval"], "edges": value.mean,
-        "interval": value.interval, "front": value.pareto, "nonsense": value.mean * floor.times if there else None,
-        "label": ", ".join(filter(None, (varied, reached))),
+        "interval": value.interval, "missed": found["missed"], "front": value.pareto,
+        "nonsense": value.mean * floor.times if there else None,
     }  # fmt: skip

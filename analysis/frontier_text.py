@@ -11,7 +11,8 @@ from sparsetrain.sweeping.rows import WINDOWS
 Table = tuple[Sequence[str], list[list[str]]]
 MEANINGS = {
     "common": "The same tasks for every model, so none gains by failing at a hard one: those by which most circuits "
-              "are compared. Models that miss one have no such mean; they stand at the picture's upper edge.",
+              "are compared. Models that miss one, or are not finished, have no such mean; they stand at the picture's "
+              "upper edge.",
     "own": "Each model's own tasks, so a model that reaches easy tasks alone looks better than it is: compare points "
            "only where their tasks are as many.",
     "bound": "A task that is not reached counts as all nonzero weights of the model, which is the least that can be "
@@ -35,14 +36,16 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
     seeds = [len(setting.models) for setting in study.settings]
     told = []
     n_reached = len({task for model in study.models for task in model.reached})
-    n_missing = sum(f["means"]["common"].mean is None for f in found)
+    without = [f["missed"] for f in found if f["means"]["common"].mean is None]
     if not study.common:
         told.append("No task is reached by more than half of the settings, so there is no mean over the same tasks.")
-    elif n_missing or len(study.common) < n_reached:
-        missing = f"; {n_missing} of {len(found)} settings miss one and stand at the upper edge" if n_missing else ""
+    elif without or len(study.common) < n_reached:
+        at_edge = {"miss one": sum(without), "are not finished": len(without) - sum(without)}
+        words = [f"{n} of {len(found)} settings {what}" for what, n in at_edge.items() if n]
+        edge = "; " + " and ".join([*words, "stand at the upper edge"]) if without else ""
         told.append(
             f"The same tasks for all are {len(study.common)} of the {n_reached} that some model reaches, by which most "
-            f"circuits are compared{missing}."
+            f"circuits are compared{edge}."
         )
     if study.trivial:
         told.append(

@@ -357,7 +357,7 @@ def _override(item: str) -> dict[str, Any]:
     try:
         # OmegaConf's own reader, so that 1e-3 is a number (plain YAML 1.1 reads it as a string).
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{key} must be a YAML value, got {text!r} ({error.__class__.__name__})") from None
     return dict(_flatten({key: value}))
 
@@ -365,7 +365,7 @@ def _override(item: str) -> dict[str, Any]:
 def _yaml_leaves(path: Path) -> dict[str, Any]:
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"the config {path} must hold keys and values, got a {type(loaded).__name__}")

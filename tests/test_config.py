@@ -65,6 +65,7 @@ def test_choices_are_listed_once():
         (["train.accumulate=7"], "train.batch_size must be a multiple of train.accumulate = 7, got 64"),
         (["train.steps=[1"], "train.steps must be a YAML value"),
         (["run.name=${foo}"], "run.name: Interpolation key 'foo' not found"),
+        (["run.name=${foo"], "run.name must be a YAML value, got '${foo'"),
         (["train.steps=???"], "train.steps: "),
         (["model.abs_topk.q=0.001"], "model.abs_topk.q must keep at least one of 256 channels, got 0.001"),
         (["missing.yaml"], "cannot read the config missing.yaml"),
@@ -74,6 +75,12 @@ def test_errors_name_the_key_the_value_and_the_remedy(arguments, words):
     with pytest.raises(ConfigError) as error:
         load_config(RunConfig, arguments)
     assert words in str(error.value)
+
+
+def test_an_interpolation_that_is_not_closed_is_an_error_of_its_file(tmp_path):
+    (tmp_path / "half.yaml").write_text('model: {d_model: "${oc.env:X"}')
+    with pytest.raises(ConfigError, match="cannot read the config .*half.yaml"):
+        load_config(RunConfig, [str(tmp_path / "half.yaml")])
 
 
 def test_every_config_of_the_repository_loads():

@@ -92,7 +92,8 @@ def test_the_pictures_are_pictures(swept):
     for setting in data_of(swept)["settings"]:
         key = "model.d_model" if setting["dense"] else "sparsity.density"  # what varies along its line
         label = f"{key.rpartition('.')[2]}={setting['values'][key]}, {setting['n_reached']}/{setting['n_asked']}"
-        assert texts.count(label) >= 2, "in either panel"
+        assert label in texts
+    assert any(text.startswith("d_model=") and "density=" in text for text in texts), "along lines of equal L0"
     assert {"dense", "on the front", "nonsense circuits", "lines of equal size", "lines of equal L0"} <= {*texts}
 
 
@@ -117,9 +118,10 @@ def test_what_is_published_makes_the_page_again(swept, tmp_path):
     assert configs == {
         "searches": [{"name": "frontier", "tasks": ["all"], "prune": ["target_loss=0.15"]}],
         "shared": {"run.seed": 3, "model.d_model": 64, **environment},
-        "points": {run.name: {}},
+        "points": {f"made/{run.name}": {}},
     }
-    write_frontier([tmp_path / "results"])
+    write_frontier([tmp_path / "results"], publish=tmp_path / "results")
+    assert json.loads((tmp_path / "results" / "configs.json").read_text()) == configs, "the runs are gone"
     again, first = (data_of(folder) for folder in (tmp_path / "results", swept))
     assert again["settings"] == first["settings"] and again["equal_capability"] == first["equal_capability"]
 
@@ -129,6 +131,17 @@ def test_sweeps_of_one_name_are_not_published_together(tmp_path):
     with pytest.raises(FrontierError, match="must have different names"):
         write_frontier(folders, tmp_path / "out", tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+def test_no_rows_of_a_sweep_are_published_over(tmp_path):
+    a, b = (write_rows(tmp_path / name, model_rows(3.0, {"a": 4}, sweep=name)) for name in "ab")
+    with pytest.raises(FrontierError, match="publish must be a folder of its own"):
+        write_frontier([a, b], tmp_path / "out", b)
+    (b / SWEEP).write_text("seeds: [0, 1]\n")
+    with pytest.raises(FrontierError, match="whose rows.jsonl are a sweep's"):
+        write_frontier([a], tmp_path / "out", b)
+    write_frontier([a, a.parent / "." / "a", tmp_path / "b" / ".." / "a"], tmp_path / "out", tmp_path / "results")
+    assert len(read_rows(tmp_path / "results")) == 1, "one folder in three spellings"
 
 
 @pytest.mark.browser

@@ -53,12 +53,26 @@ def test_a_config_that_cannot_be_read_from_here_does_not_stand_in_the_way(tmp_pa
     assert "which points it has cannot be told from here: tasks must be built-in names" in told
 
 
+def test_a_sweep_may_be_the_working_folder(tmp_path, monkeypatch):
+    config = load_sweep([f"out={tmp_path}", "name=s", "seeds=[0,1]"])
+    (write_rows(tmp_path / "s", model_rows(3.0, {"a": 10})) / SWEEP).write_text(sweep_to_yaml(config))
+    monkeypatch.chdir(tmp_path / "s")
+    assert read_study(["."]).missing == [f"{point.id}: not trained yet" for point in expand(config)]
+
+
 def test_points_of_a_sweep_that_was_moved_or_has_no_row_yet_are_missing_too(tmp_path):
     (tmp_path / "new").mkdir()
     config = load_sweep(["out=elsewhere", "name=old", "seeds=[0,1]"])
     (tmp_path / "new" / SWEEP).write_text(sweep_to_yaml(config))
     study = read_study([write_rows(tmp_path / "new"), write_rows(tmp_path / "s", model_rows(3.0, {"a": 10}))])
     assert study.missing == [f"{point.id}: not trained yet" for point in expand(config)]
+
+
+def test_values_are_named_as_they_were_meant(tmp_path):
+    (setting,) = read_study(
+        [write_rows(tmp_path, model_rows(3.0, {"a": 5}, share=0.1 + 0.2, lr=1e-9, of="q"))]
+    ).settings
+    assert setting.name == "share=0.3 lr=1e-09 of=q"
 
 
 def test_a_weak_model_does_not_narrow_the_tasks_and_is_told(tmp_path):
@@ -147,7 +161,7 @@ def test_a_model_that_diverged_is_missing(tmp_path):
 def test_two_sweeps_are_compared_and_one_is_not_counted_twice(tmp_path):
     a = write_rows(tmp_path / "a", model_rows(3.0, {"t": 5}, width=1))
     b = write_rows(tmp_path / "b", model_rows(3.0, {"t": 5, "u": 7}, width=1))
-    study = read_study([a, b, a])
+    study = read_study([a, b, a, tmp_path / "b" / ".." / "a"])
     assert len(study.settings) == len(study.models) == 2
     assert study.missing == ["_width-1_seed-0: no outcome of u"]
 
@@ -163,6 +177,10 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
     refused("must hold a trained model, got none", "failed", [{**model_rows(3.0, {})[0], "val_loss": None}])
     refused("must have tasks, got none with an outcome", "tasks", model_rows(3.0, {}))
     refused("lines with arm, error", "other", [{"loss": 1.0}])
+    (row,) = model_rows(3.0, {"a": 5})
+    for i, wrong in enumerate([{"n_edges": None}, {"task_loss": "low"}, {"val_loss": "3"}, {"n_nonzero": 0}]):
+        refused("got another in line 2", f"wrong{i}", [row], [row | wrong])
+    refused("got another in line 1", "unfinished", [{key: value for key, value in row.items() if key != "reached"}])
     other = model_rows(3.0, {"a": 5}, width=2)
     other[0]["target_loss"] = 0.3
     refused(

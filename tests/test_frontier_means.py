@@ -58,7 +58,7 @@ def test_a_setting_that_is_not_finished_has_no_mean_it_cannot_have(tmp_path):
     done, begun = summarise(read_study([folder]))
     assert done["means"]["common"].mean == pytest.approx(6)
     assert begun["means"]["common"].mean is None and begun["means"]["own"].mean == pytest.approx(4)
-    assert (begun["n_asked"], begun["n_open"]) == (1, 1)
+    assert (begun["n_asked"], begun["n_open"], begun["missed"]) == (1, 1, False)
 
 
 def test_in_the_component_graph_nothing_bounds_a_task_that_is_not_reached(tmp_path):

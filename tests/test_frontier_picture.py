@@ -1,15 +1,16 @@
 """What the pictures of a frontier show, and how they are drawn beside the page."""
 
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from made_sweep import model_rows, write_rows
+from made_sweep import FAILED, model_rows, write_rows
 
 from sparsetrain.analysis.frontier_data import read_study
 from sparsetrain.analysis.frontier_lines import all_lines
 from sparsetrain.analysis.frontier_means import summarise
 from sparsetrain.analysis.frontier_panels import panels
-from sparsetrain.analysis.frontier_picture import pictures, write_pictures
+from sparsetrain.analysis.frontier_picture import MOST_KEYS, pictures, write_pictures
 from sparsetrain.files import WriteError
 
 
@@ -25,6 +26,10 @@ def shown(folder, *models):
     for line in (line for lines in ways.values() for line in lines):
         line["colour"] = "#111827"
     return panels(study, summarise(study), ways)
+
+
+def texts(folder):
+    return [node.text for node in ElementTree.parse(folder / "frontier.svg").iter() if node.tag.endswith("}text")]
 
 
 def titles(values):
@@ -49,16 +54,53 @@ def test_points_have_the_mean_that_is_shown_first(tmp_path):
     assert values["y_label"].endswith("geometric mean over the same 2 of 2 tasks)")
     assert both["edges"] == pytest.approx(6) and both["nonsense"] == pytest.approx(24), "nonsense needs 4 times"
     assert both["loss"] == pytest.approx(3.05) and both["loss_interval"] == pytest.approx((3.0, 3.1))
-    assert both["label"] == "density=0.5, 4/4" and missed["label"] == "density=0.125, 1/2"
-    assert front["front"] and missed["edges"] is missed["nonsense"] is None
+    assert values["panels"][0]["labels"] == ["density=0.5, 4/4", "density=0.25, 2/2", "density=0.125, 1/2"]
+    assert front["front"] and missed["missed"] and missed["edges"] is missed["nonsense"] is None
 
 
 def test_settings_that_miss_a_task_are_named_in_the_picture(tmp_path):
-    able = [grid(64, density, 4 - density, {"a": 4, "b": 9}) for density in (0.6, 0.5, 0.4)]
+    able = [grid(64, density, 5 - 5 * density, {"a": 4, "b": 9}) for density in (0.6, 0.5, 0.4)]
     missing = [grid(64, density, 3.3 + density / 100, {"a": 4, "b": None}) for density in (0.25, 0.125)]
-    write_pictures([tmp_path], shown(tmp_path, *able, *missing))
-    texts = [node.text for node in ElementTree.parse(tmp_path / "frontier.svg").iter() if node.tag.endswith("}text")]
-    assert {"density=0.5, 2/2", "density=0.25, 1/2", "density=0.125, 1/2", "miss a task"} <= {*texts}
+    unfinished = grid(64, 0.2, 3.9, {"a": 4, "b": FAILED})
+    write_pictures([tmp_path], shown(tmp_path, *able, *missing, unfinished))
+    assert {"density=0.5, 2/2", "density=0.25, 1/2", "density=0.125, 1/2", "miss a task"} <= {*texts(tmp_path)}
+    assert {"density=0.2, 1/1, 1 open", "not finished"} <= {*texts(tmp_path)}
+
+
+def test_each_panel_names_what_varies_along_its_lines(tmp_path):
+    cells = [(64, 0.5, 3.2), (64, 0.25, 3.3), (128, 0.25, 3.0), (128, 0.125, 3.1)]
+    by_size, by_l0 = shown(tmp_path, *(grid(*cell, {"a": 5}) for cell in cells))["panels"]
+    assert by_size["labels"][0] == "density=0.5, 1/1" and by_l0["labels"][0] == "d_model=64 density=0.5, 1/1"
+
+
+def test_of_many_lines_some_have_a_key_and_what_is_no_line_always(tmp_path):
+    """Lines of which nothing is drawn have none."""
+    missed = [grid(64 * 2**i, 0.5, 4.5 + i / 10, {"a": 4, "b": None}) for i in range(8)]
+    drawn = [grid(100 * 2**i, 0.5, 3.5 + i / 100, {"a": 4 + i, "b": 9}) for i in range(12)]
+    write_pictures([tmp_path], shown(tmp_path, *missed, *drawn))
+    keys = [text for text in texts(tmp_path) if text.endswith(" weights")]
+    assert len(keys) == MOST_KEYS and keys[0] == "10k weights" and keys[-1] == "20.5M weights"
+    assert {"miss a task", "nonsense circuits", "n/n: tasks reached, all seeds"} <= {*texts(tmp_path)}
+
+
+def test_names_are_no_mathematics_and_letters_that_the_font_lacks_are_told(tmp_path, capfd):
+    """A pair of $ would be read as TeX."""
+    arms = [model_rows(3.0 + i, {"a": 4}, arm=arm, width=i) for i, arm in enumerate(("c$_$", "模型"))]
+    with pictures([tmp_path], shown(tmp_path, *arms)):
+        pass
+    assert any("c$_$" in text for text in texts(tmp_path))
+    assert "missing from font" in capfd.readouterr().err
+
+
+def test_modules_of_the_working_folder_do_not_stand_in_the_way(tmp_path, monkeypatch):
+    values = shown(tmp_path, grid(64, 0.5, 3.0, {"a": 4}))
+    (tmp_path / "sparsetrain").mkdir()
+    for name in ("random.py", "sparsetrain/__init__.py"):
+        (tmp_path / name).write_text("raise SystemExit('a module of the user')")
+    monkeypatch.chdir(tmp_path)
+    with pictures([tmp_path], values):
+        pass
+    assert (tmp_path / "frontier.svg").exists()
 
 
 def test_a_picture_that_cannot_be_written_is_an_error_when_the_page_is_done(tmp_path):
@@ -70,6 +112,12 @@ def test_a_picture_that_cannot_be_written_is_an_error_when_the_page_is_done(tmp_
     assert done and (tmp_path / "frontier.png").exists()
 
 
-def test_a_process_that_fails_says_why(tmp_path):
-    with pytest.raises(WriteError, match="KeyError: 'panels'"), pictures([tmp_path], {"points": []}):
+def test_a_process_that_fails_says_why(tmp_path, monkeypatch):
+    with (
+        pytest.raises(RuntimeError, match="ended with 1:(.|\n)*KeyError: 'panels'"),
+        pictures([tmp_path], {"points": []}),
+    ):
+        pass
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
+    with pytest.raises(WriteError, match="could not start a process"), pictures([tmp_path], {}):
         pass

@@ -132,6 +132,7 @@ def test_identity_says_what_is_not_default():
         (["grid.model.d_modle=[1]"], "grid: unknown key model.d_modle = 1; did you mean model.d_model?"),
         (["grid.model.d_model=[0,x]"], "grid: model.d_model must be at least 1, got 0"),
         (["grid.model.d_model=[32,x]"], "grid: model.d_model must be int, got 'x'"),
+        (["grid.model=[{d_model: 64},{d_model: 128}]"], "grid: model must be a single key of a run, got a section; wr"),
         (["grid.run.seed=[1]"], "run.seed must not be varied; use seeds"),
         (["arms.a=[model.d_head=7]"], "arms.a: model.d_model must be a multiple of model.d_head = 7, got 32"),
         (["grid.model.d_head=[7]"], "d_head-7: model.d_model must be a multiple of model.d_head = 7, got 32"),

@@ -111,6 +111,14 @@ def test_a_job_that_slurm_ends_is_a_recorded_failure_and_is_sent_again_with_retr
     assert row["error"].startswith("train: ") and "could not write" in row["error"]
 
 
+def test_a_damaged_list_of_jobs_is_an_error_with_a_remedy(slurm, arguments):
+    config = load_sweep([*arguments, *SLURM, "seeds=[0]", "grid.optim.lr=[0.01]", "name=damaged"])
+    config.options.folder.mkdir(parents=True)
+    (config.options.folder / "slurm.json").write_text("{half")
+    with pytest.raises(ConfigError, match=r"slurm\.json must hold the jobs .* move it away"):
+        Slurm(config)
+
+
 def test_no_more_points_run_at_once_than_asked_for_however_many_arrays_there_are(slurm, arguments, monkeypatch):
     """Arrays begin one after the other, those of a command that is given again after what is still there."""
     monkeypatch.setattr(slurm_engine, "LONGEST_ARRAY", 2)

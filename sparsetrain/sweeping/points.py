@@ -144,6 +144,7 @@ def _typed(key: str, value: Any) -> Any:
         return _typed(next(iter(every_site(value))), value)
     if key not in known:
         config_from_dict(RunConfig, {key: value})  # says which key is nearest
+        raise ConfigError(f"{key} must be a single key of a run, got a section; write {key}.KEY")
     kind, inner = known[key].type, {"default": known[key].default, "metadata": known[key].metadata}
     if callable(known[key].default_factory):
         inner = {"default_factory": known[key].default_factory, "metadata": known[key].metadata}

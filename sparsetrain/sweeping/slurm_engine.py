@@ -61,7 +61,12 @@ class Slurm:
         self.at_once = self.options.at_once
         self.watch = SlurmInfoWatcher(delay_s=60)
         self.file = config.options.folder / IDS
-        self._ids: dict[str, str] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        try:
+            self._ids: dict[str, str] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.file} must hold the jobs that Slurm has, got: {error}; move it away once none is in its queue"
+            ) from None
         self.waiting: dict[str, tuple[Point, str]] = {}
 
     def __enter__(self) -> "Slurm":

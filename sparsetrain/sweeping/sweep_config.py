@@ -1,6 +1,7 @@
 """The typed configuration of a sweep: what is varied, what each run shares, what is measured."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,12 +163,12 @@ def _is_draw(drawn: Any) -> bool:
         return False
     kind, low, high = drawn
     numbers = all(isinstance(x, int if kind == "integer" else (int, float)) for x in (low, high))
-    return numbers and low < high and (low > 0 or kind != "log_uniform")
+    return numbers and -math.inf < low < high < math.inf and (low > 0 or kind != "log_uniform")
 
 
 def _option_problems(options: SweepOptions, samples: Mapping[str, Any]) -> list[str]:
     found = []
-    if not options.name or Path(options.name).name != options.name:
+    if options.name in ("", "..") or Path(options.name).name != options.name:
         found.append(f"name must be a folder's name without a path, got {options.name!r}")
     if "=" in str(options.folder):
         found.append(f"out and name must be without =, got {str(options.folder)!r}; it would be read as an override")
@@ -186,7 +187,11 @@ def _option_problems(options: SweepOptions, samples: Mapping[str, Any]) -> list[
     if ALL in options.tasks:  # a built-in one may be named besides, a file may not have its name
         names += {*BUILT_IN} - {*options.tasks}
     found += [f"tasks must have different names, got {name} twice" for name in {n for n in names if names.count(n) > 1}]
-    found += [f"measures must be written MODULE:FUNCTION, got {m!r}" for m in options.measures if m.count(":") != 1]
+    found += [
+        f"measures must be written MODULE:FUNCTION, got {m!r}"
+        for m in options.measures
+        if m.count(":") != 1 or not all(m.split(":"))
+    ]
     return found
 
 
