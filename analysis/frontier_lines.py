@@ -35,10 +35,12 @@ def all_lines(study: Study) -> dict[str, list[Line]]:
     held = [{key: value for key, value in s.row["values"].items() if not _is_size(key)} for s in settings]
     kinds = [(s.dense, s.family, str(values)) for s, values in zip(settings, held, strict=True)]
     counts = _of_equal_l0([s.n_nonzero for s in settings], sizes, kinds)
+    of_a_line = _by(zip(kinds, counts, strict=True))
+    spans = [_span([settings[j].n_nonzero for j in of_a_line[pair]]) for pair in zip(kinds, counts, strict=True)]
     ways = {
         "size": _lines(settings, lambda i: {"": f"{_short(sizes[i])} weights", **held[i]},
                        lambda i: sizes[i], lambda i: settings[i].n_nonzero),
-        "l0": _lines(settings, lambda i: {"": f"about {_short(counts[i])} nonzeros", **held[i]},
+        "l0": _lines(settings, lambda i: {"": f"{spans[i]} nonzeros", **held[i]},
                      lambda i: counts[i], lambda i: settings[i].n_params),
     }  # fmt: skip
     for key in dict.fromkeys(key for s in settings for key in s.row["values"]):
@@ -120,6 +122,19 @@ def _of_equal_l0(counts: Sequence[float], sizes: Sequence[float], kinds: Sequenc
         for size in {sizes[i] for i in near}:
             starts[min((i for i in near if sizes[i] == size), key=counts.__getitem__)] = counts[first]
     return [starts[i] for i in range(len(counts))]
+
+
+def _by(keys: Iterable[Any]) -> dict[Any, list[int]]:
+    """Numbers of items by their key."""
+    groups: dict[Any, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return groups
+
+
+def _span(counts: Sequence[float]) -> str:
+    least, most = _short(min(counts)), _short(max(counts))
+    return least if least == most else f"{least} to {most}"
 
 
 def _short(count: float) -> str:

@@ -32,7 +32,7 @@ from sparsetrain.model import Transformer
 
 log = logging.getLogger(__name__)
 
-FORMAT = "sparsetrain-1"
+FORMAT = "sparsetrain-2"
 
 
 class CheckpointError(RuntimeError):
@@ -57,7 +57,8 @@ def save_sparse(path: Path, tensors: Mapping[str, Tensor | SparseWeight], **note
             shapes[name] = list(tensor.shape)
         else:
             stored[name] = tensor
-    metadata = {"format": FORMAT, "sparse_shapes": json.dumps(shapes), **notes}
+    # In one entry, since safetensors writes several in another order in each process: equal weights, equal bytes.
+    metadata = {"sparsetrain": json.dumps({"format": FORMAT, "sparse_shapes": shapes, **notes})}
     try:
         save_file(stored, path, metadata)
     except (OSError, SafetensorError) as error:
@@ -74,7 +75,7 @@ def load_sparse(path: Path, device: str | torch.device = "cpu") -> dict[str, Ten
     notes = read_notes(path)
     with safe_open(path, framework="pt", device=str(device)) as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name, shape in json.loads(notes["sparse_shapes"]).items():
+    for name, shape in notes["sparse_shapes"].items():
         values, indices = stored.pop(f"{name}.values"), stored.pop(f"{name}.indices")
         dense = torch.zeros(shape, dtype=values.dtype, device=values.device)
         dense.view(-1)[indices.long()] = values
@@ -82,19 +83,20 @@ def load_sparse(path: Path, device: str | torch.device = "cpu") -> dict[str, Ten
     return stored
 
 
-def read_notes(path: Path) -> dict[str, str]:
-    """The metadata of a file that `save_sparse` wrote.
+def read_notes(path: Path) -> dict[str, Any]:
+    """The notes of a file that `save_sparse` wrote, with its `format` and `sparse_shapes`, by the tensors' names.
 
     Raises:
         CheckpointError: the file is missing, truncated, or not one of ours.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            notes = file.metadata() or {}
+            found = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} must be a readable safetensors file, got: {error}") from None
+    notes = json.loads(found.get("sparsetrain", "{}"))
     if notes.get("format") != FORMAT:
-        raise CheckpointError(f"{path} must have been written by sparsetrain, got {notes or 'no metadata'}")
+        raise CheckpointError(f"{path} must have been written by this sparsetrain, got {found or 'no metadata'}")
     return notes
 
 

@@ -294,9 +294,12 @@ def load_config(kind: type[C], arguments: Sequence[str]) -> C:
     return _build(kind, leaves)
 
 
-def config_from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
-    """Build a config from nested plain values, as `config_to_yaml` writes them; same checks as load_config."""
-    return _build(kind, dict(_flatten(values)))
+def config_from_dict(kind: type[C], values: Mapping[str, Any], whole: bool = True) -> C:
+    """Build a config from nested plain values, as `config_to_yaml` writes them; same checks as load_config.
+
+    Unless `whole`, keys may contradict each other: others may be set later.
+    """
+    return _build(kind, dict(_flatten(values)), whole)
 
 
 def config_to_yaml(config: Any) -> str:
@@ -387,7 +390,7 @@ def every_site(share: Any) -> dict[str, Any]:
     return {f"{EVERY_SITE}.{f.name}": share for f in fields(AbsTopKOptions)}
 
 
-def _build(kind: type[C], leaves: Mapping[str, Any]) -> C:
+def _build(kind: type[C], leaves: Mapping[str, Any], whole: bool = True) -> C:
     known = dict(known_keys(kind))
     tree = OmegaConf.structured(kind)
     for section in (tree, *(tree[f.name] for f in fields(kind) if is_dataclass(f.type))):
@@ -397,17 +400,19 @@ def _build(kind: type[C], leaves: Mapping[str, Any]) -> C:
         if key not in known:
             problems.append(f"unknown key {key} = {value!r}{_nearest(key, known)}")
             continue
+        several = "list[" in str(known[key].type)
         try:
-            OmegaConf.update(tree, key, value)
+            OmegaConf.update(tree, key, [value] if several and isinstance(value, (str, int, float)) else value)
         except OmegaConfBaseException as error:
             reason = "" if get_origin(known[key].type) is Literal else f" ({_first_line(error)})"  # it lists them again
+            reason += f"; write {key}=[A, B]" * several
             problems.append(f"{key} must be {_type_name(known[key].type)}, got {value!r}{reason}")
     try:
         problems += _out_of_range(tree, known)
         config = None if problems else OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:  # an interpolation without its target, or a value left as ???
         problems.append(f"{error.full_key}: {_first_line(error)}")
-    if problems or (problems := getattr(config, "problems", list)()):
+    if problems or (whole and (problems := getattr(config, "problems", list)())):
         raise ConfigError("\n".join(problems))
     return config  # type: ignore[return-value]
 

@@ -26,6 +26,19 @@ def test_sparse_tensors_are_stored_sparsely_and_read_back_exactly(tmp_path):
     assert (tmp_path / "t.safetensors").stat().st_size < 50 * 40 * 4 + 1500
 
 
+def test_equal_weights_make_equal_files_in_any_process(tmp_path):
+    program = """
+        import sys, torch
+        from pathlib import Path
+        from sparsetrain.checkpoint import save_sparse
+        save_sparse(Path(sys.argv[1]), {"a": torch.ones(9), "b": torch.zeros(9)}, tokenizer="x", made="y", of="z")
+    """
+    files = [tmp_path / f"{i}.safetensors" for i in range(4)]
+    for file in files:
+        subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(file)], check=True)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_a_truncated_or_foreign_file_is_refused(tmp_path):
     path = tmp_path / "t.safetensors"
     save_sparse(path, {"a": torch.randn(100)})
@@ -33,7 +46,7 @@ def test_a_truncated_or_foreign_file_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="must be a readable safetensors file"):
         load_sparse(path)
     save_file({"a": torch.zeros(3)}, path)
-    with pytest.raises(CheckpointError, match="must have been written by sparsetrain"):
+    with pytest.raises(CheckpointError, match="must have been written by this sparsetrain"):
         load_sparse(path)
 
 

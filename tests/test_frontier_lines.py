@@ -32,8 +32,8 @@ def test_lines_of_equal_size_of_equal_l0_and_along_each_key(tmp_path):
     }
     assert named(study, ways["l0"]) == {
         "dense": dense,
-        "about 1.6k nonzeros": ["d_model=64 density=0.25", "d_model=128 density=0.125"],
-        "about 3.2k nonzeros": ["d_model=64 density=0.5", "d_model=128 density=0.25"],
+        "1.6k nonzeros": ["d_model=64 density=0.25", "d_model=128 density=0.125"],
+        "3.2k nonzeros": ["d_model=64 density=0.5", "d_model=128 density=0.25"],
     }
     assert named(study, ways["model.d_model"])["density=0.25"] == [
         "d_model=64 density=0.25",
@@ -53,9 +53,9 @@ def test_counts_that_are_nearly_equal_share_a_line(tmp_path):
     assert ways["size"] == [2, 2, 1]
     names = [f"n_layers={name}" for name in counts]
     assert named(study, all_lines(study)["l0"]) == {
-        "about 1k nonzeros": [names[0], names[3]],
-        "about 1.4k nonzeros": [names[1], names[2]],
-        "about 2.3k nonzeros": [names[4]],
+        "1k to 1.5k nonzeros": [names[0], names[3]],
+        "1.4k to 1.6k nonzeros": [names[1], names[2]],
+        "2.3k nonzeros": [names[4]],
     }
 
 

@@ -126,6 +126,14 @@ def test_identity_says_what_is_not_default():
     assert identity(config) == {"optim.lr": 0.5}
 
 
+def test_the_base_may_need_what_varies():
+    base = "base=[model.d_model=32,model.d_head=16,sparsity.density=0.1]"  # 3.2 weights, where min_alive is 4
+    points = expand(load_sweep([base, "grid.sparsity.density=[0.25,0.5]", "dense=[]"]))
+    assert [point.config.sparsity.density for point in points] == [0.25, 0.5, 1]
+    with pytest.raises(ConfigError, match="density-0.05: sparsity.min_alive must be at most"):
+        expand(load_sweep([base, "grid.sparsity.density=[0.05,0.5]"]))
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -74,6 +74,7 @@ def test_all_problems_are_told_at_once():
         (["seeds=[0,1]", "name=.."], "name must be a folder's name without a path, got '..'"),
         (["seeds=[0,1]", "out=a=b"], "out and name must be without ="),
         (["seeds=[0,1]", "tasks=[for_wile]"], "tasks must be built-in names"),
+        (["seeds=[0,1]", "tasks=[lambdafunc]"], "the nearest names are lambda_func"),
         (["seeds=[0,1]", "tasks=[nowhere.jsonl]"], "got 'nowhere.jsonl'"),
         (["seeds=[0,1]", "tasks=[for_while,for_while]"], "got for_while twice"),
         (["seeds=[0,1]", "tasks=[all,FOLDER/for_while.jsonl]"], "got for_while twice"),
@@ -83,7 +84,11 @@ def test_all_problems_are_told_at_once():
         (["samples.optim.lr=[log_uniform,1e-3,.inf]", "n_samples=2"], "samples.optim.lr must be [uniform|"),
         (["seeds=[0,1]", "n_samples=2"], "n_samples must be at least 1 with samples and 0 without"),
         (["samples.optim.lr=[uniform,0,1]"], "n_samples must be at least 1"),
-        (["seeds=[0,1]", "prune=[target_los=1]"], "did you mean target_loss?"),
+        (["seeds=[0,1]", "prune=[target_los=1]"], "prune: unknown key target_los = 1; did you mean target_loss?"),
+        (["seeds=[0,1]", "train.steps=3"], "train.steps must be in the sweep's base: base=[..., train.steps=3]"),
+        (["seeds=[0,1]", "target_loss=1"], "target_loss must be in the sweep's prune: prune=[..., target_loss=1]"),
+        (["seeds=0,1"], "got '0,1'"),
+        (["seeds=0,1"], "; write seeds=[A, B]"),
         (
             ["grid.optim.lr=[1]", "dense=['grid.model.norm=[rms]']"],
             "dense: grid.model.norm must be in the sweep's grid",
@@ -115,3 +120,8 @@ def test_tasks_may_be_named_besides_all_and_be_made_for_any_modulus():
 def test_a_dense_baseline_has_no_locality():
     points = expand(load_sweep(["base=[locality.pressure=proximal]", "grid.locality.strength=[1,2]", "dense=[]"]))
     assert [(p.arm, p.config.locality.pressure) for p in points] == [("", "proximal")] * 2 + [("dense", "none")]
+
+
+def test_one_value_is_a_list_of_one():
+    config = load_sweep(["seeds=3", "tasks=for_while", "base=train.steps=5", "grid.optim.lr=[1]"])
+    assert (config.options.seeds, config.options.tasks, config.options.base) == ([3], ["for_while"], ["train.steps=5"])

@@ -119,3 +119,20 @@ def test_the_plan_says_how_many_points_run_at_once_and_the_time_that_follows(tmp
         assert "training: about 90 s" in text and "about 45 s in all" in text
     else:
         assert "nothing is left to do" in plan_text(config, points, [], expected, Two())
+
+
+def test_what_is_not_timed_lies_between_those_that_are(tmp_path):
+    """Steps have a part that does not grow with the model."""
+    widths = "grid.model.d_model=[16,32,48,64,80,96,112]"
+    config = load_sweep([f"out={tmp_path}", "base=[train.steps=120,sparsity.density=0.5]", widths])
+    points = expand(config)
+    takes = {point.config.model.d_model: 60 + 1e-12 * plan.cost(point.config) for point in points}
+
+    class Linear(Timing):
+        def run(self, job):
+            seconds = takes[job.order["config"]["model"]["d_model"]]
+            job.write(result={"train_seconds": seconds, "train_peak_bytes": 10})
+
+    found = estimates(config, points, Linear())
+    assert [found[point.id].train_seconds for point in points] == pytest.approx([*takes.values()])
+    assert [found[point.id].source for point in points].count(TIMED) == 2

@@ -295,3 +295,10 @@ def test_a_job_whose_parent_is_killed_ends_and_is_not_done_twice(base, worker):
     assert killed and worker.process.pid != killed[0]
     assert job.record()["result"]["tokens"] == 200 * 4 * 32
     assert "resuming" not in (point.folder / "log.txt").read_text()
+
+
+def test_runs_of_an_earlier_config_are_told(arguments, rows, place, worker, caplog, tmp_path):
+    copy = shutil.copytree("sweeps/all", tmp_path / "all")
+    fewer = load_sweep([*arguments, f"out={tmp_path}", "seeds=[0]", "arms.bad=null"])
+    assert len(sweep(fewer, worker=worker)) == 1
+    assert f"3 of the runs in {copy / 'points'} are of no point of this config" in caplog.text

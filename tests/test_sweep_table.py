@@ -93,3 +93,10 @@ def test_a_failed_point_is_counted_and_gives_no_numbers():
 )
 def test_means_are_rounded(values, text):
     assert mean_and_deviation(values) == text
+
+
+def test_a_task_that_no_model_can_be_asked_is_left_out_and_one_that_is_missed_says_how_the_full_model_does():
+    impossible = {"reached": False, "full_model_loss_calibrated": None, "why": "no such words"}
+    text = table([row(0, "a", 4), row(0, "b", None, full_model_loss_calibrated=0.6), row(0, "ioi", None, **impossible)])
+    assert "- ioi was left out where no such words" in text and "| ioi |" not in text
+    assert "| b |  | 64 | 0 of 1 |  |  |  | 0.6 |" in text and "1 of 2" in text

@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from statistics import fmean
 
 from sparsetrain.config import RunConfig, config_to_dict
@@ -205,15 +205,16 @@ def _timed(config: Sweep, point: Point, worker: Worker) -> tuple[float | None, i
 
 
 def _scaled(point: Point, timed: dict, cells: dict) -> tuple[float | None, int | None, str]:
-    """Time of the combination nearest in cost, in proportion."""
+    """Time between those of the timed combinations next in cost; beyond these, in proportion to the nearest."""
     of = cost(point.config)
-    nearest = min(
-        (g for g in timed if timed[g][0] is not None), key=lambda g: abs(cost(cells[g].config) - of), default=None
-    )
-    if nearest is None:
+    costs = sorted((cost(cells[g].config), *timed[g][:2]) for g in timed if timed[g][0] is not None)
+    if not costs:
         return None, None, "not known"
-    seconds, memory, _ = timed[nearest]
-    return seconds * of / cost(cells[nearest].config), memory, SCALED
+    at, seconds, memory = min(costs, key=lambda one: abs(one[0] - of))
+    for (low, first, _), (high, second, _) in pairwise(costs):
+        if low <= of <= high and low < high:
+            return first + (second - first) * (of - low) / (high - low), memory, SCALED
+    return seconds * of / at, memory, SCALED
 
 
 def cost(config: RunConfig) -> float:

@@ -93,16 +93,20 @@ def _raise(problems: list[str]) -> None:
 
 
 def _arms(sweep: Sweep, problems: list[str]) -> Iterator[tuple[str, RunConfig, set[str], bool]]:
-    """Name, config and own keys of each arm, and of its dense baseline, and whether it is one."""
+    """Name, config and own keys of each arm, and of its dense baseline, and whether it is one.
+
+    What varies may be what makes a config whole; so each point is checked by itself.
+    """
+    whole = sweep.options.adaptive or not (sweep.grid or sweep.samples)
     for name, items in (sweep.arms or {"": []}).items():
         try:
             base, own = read_leaves(sweep.options.base), read_leaves(items)
-            yield name, config_from_dict(RunConfig, base | own), _with_every_site(own), False
+            yield name, config_from_dict(RunConfig, base | own, whole), _with_every_site(own), False
             if sweep.options.dense is not None:
                 others = read_leaves(sweep.options.dense).items()
                 own |= DENSE | {key: value for key, value in others if not key.startswith("grid.")}
                 sparse = {key for key in (*sweep.grid, *sweep.samples) if key.startswith(SPARSE_SECTIONS)}
-                dense = config_from_dict(RunConfig, base | own)
+                dense = config_from_dict(RunConfig, base | own, whole)
                 yield "-".join(filter(None, (name, "dense"))), dense, _with_every_site(own) | sparse, True
         except ConfigError as error:
             where = f"arms.{name}: " if name else "base: "

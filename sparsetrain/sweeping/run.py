@@ -3,7 +3,7 @@
 import fcntl
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ def plan(config: Sweep) -> str:
     """
     points = expand(config)
     check(config, points)
+    make_folder(config.options.folder)
     with Worker(config.options.engine.hides_gpus) as worker, engine_of(config, worker) as engine:
         check_before(config, points, worker)
         found = {point.id: recorded(config, point) for point in points}
@@ -67,6 +68,7 @@ def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> l
     make_folder(config.options.folder)
     with _alone(config.options.folder):
         found = {point.id: recorded(config, point) for point in points}
+        _tell_of_others(config, found)
         rows = {point.id: point_rows(config, point, found[point.id]) for point in points}
         left = [point for point in points if is_left(found[point.id], retry)]
         search = Search(config) if config.options.adaptive else None
@@ -88,6 +90,17 @@ def sweep(config: Sweep, retry: bool = False, worker: Worker | None = None) -> l
 def not_done(config: Sweep) -> list[Point]:
     """The points of a sweep of which something is left, though nothing is recorded as failed."""
     return [point for point in expand(config) if is_left(recorded(config, point))]
+
+
+def _tell_of_others(config: Sweep, found: Mapping[str, Recorded]) -> None:
+    """Runs of earlier configs stay where they are, and are in no row."""
+    folder = config.options.folder / "points"
+    others = sorted(run.name for run in folder.iterdir() if run.name not in found) if folder.exists() else []
+    if others:
+        log.warning(
+            "%d of the runs in %s are of no point of this config, and will be in no row (%s, ...); take them away, or "
+            "give the sweep another name to keep both", len(others), folder, others[0],
+        )  # fmt: skip
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The typed configuration of a sweep: what is varied, what each run shares, what is measured."""
 
+import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,15 @@ from typing import Any
 
 import yaml
 
-from sparsetrain.config import ConfigError, config_from_dict, config_to_dict, known_keys, load_config, read_item
+from sparsetrain.config import (
+    ConfigError,
+    RunConfig,
+    config_from_dict,
+    config_to_dict,
+    known_keys,
+    load_config,
+    read_item,
+)
 from sparsetrain.prune_config import PruneConfig
 from sparsetrain.sweeping.sweep_options import OBJECTIVES, SweepOptions
 from sparsetrain.task_language import LANGUAGE_GENERATORS
@@ -59,13 +68,13 @@ def load_sweep(arguments: Sequence[str]) -> Sweep:
             runs are looked at by `points.expand`.
     """
     leaves = read_leaves(arguments)
-    for key, known in known_keys(SweepOptions):
-        if "list" in str(known.type) and isinstance(leaves.get(key), str):
-            leaves[key] = [leaves[key]]  # base: configs/quickstart.yaml
+    problems = _misplaced(leaves)
     grid, arms, samples = (_take(leaves, part) for part in ("grid", "arms", "samples"))
-    problems = [*_grid_problems(grid), *_arm_problems(arms), *_sample_problems(samples)]
+    problems += [*_grid_problems(grid), *_arm_problems(arms), *_sample_problems(samples)]
     options = _tried(problems, config_from_dict, SweepOptions, leaves)
-    prune = options and _tried(problems, load_config, PruneConfig, options.prune)
+    of_prune: list[str] = []
+    prune = options and _tried(of_prune, load_config, PruneConfig, options.prune)
+    problems += [f"prune: {told}" for told in of_prune]
     dense = _tried(problems, read_leaves, options.dense or []) if options else None
     dense_grid = _take(dense or {}, "grid")
     problems += [f"dense: {told}" for told in _grid_problems(dense_grid)]
@@ -110,6 +119,15 @@ def sweep_to_yaml(sweep: Sweep) -> str:
 
 def _written_out(items: Sequence[str]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in read_leaves(items).items()]
+
+
+def _misplaced(leaves: dict[str, Any]) -> list[str]:
+    """Take out keys of runs and of searches that are given as if they were the sweep's own."""
+    own, told = {key for key, _ in known_keys(SweepOptions)}, []
+    for kind, where in ((RunConfig, "base"), (PruneConfig, "prune")):
+        for key in [key for key, _ in known_keys(kind) if key in leaves and key not in own]:
+            told.append(f"{key} must be in the sweep's {where}: {where}=[..., {key}={leaves.pop(key)}]")
+    return told
 
 
 def _take(leaves: dict[str, Any], part: str) -> dict[str, Any]:
@@ -178,8 +196,8 @@ def _option_problems(options: SweepOptions, samples: Mapping[str, Any]) -> list[
         found.append(f"n_samples must be at least 1 with samples and 0 without, got {options.n_samples}")
     known = (*BUILT_IN, ALL)
     found += [
-        f"tasks must be built-in names, .jsonl files that are there, or all, got {task!r}; `sparsetrain tasks RUN` "
-        "lists names"
+        f"tasks must be built-in names, .jsonl files that are there, or all, got {task!r}; the nearest names are "
+        f"{', '.join(difflib.get_close_matches(task, known, cutoff=0.3) or known)}"
         for task in options.tasks
         if task not in known and not probing_task(task) and not (task.endswith(".jsonl") and Path(task).is_file())
     ]

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
+from sparsetrain.sweeping.records import is_impossible
 from sparsetrain.sweeping.rows import outcomes
 
-TABLE = "table.md"
+TABLE, FULL = "table.md", "full_model_loss_calibrated"
 Row = dict[str, Any]
 
 
 def table(rows: Sequence[Row]) -> str:
     """Two Markdown tables of a sweep's rows: one over models, and one over models and tasks, if there are any.
 
-    Edges are a geometric mean over the tasks whose target was reached; how many those are stands beside it.
+    Edges are a geometric mean over the tasks whose target was reached; how many those are stands beside it. Tasks of
+    which no prompt suits a model are named, and counted as neither.
     """
     if not rows:
         return "Nothing is done yet.\n"
@@ -34,11 +36,16 @@ def table(rows: Sequence[Row]) -> str:
         "failed",
     ]
     text = "Means over seeds +- standard deviation.\n\n" + _markdown(head, models)
-    tasks = [_task_line(of, keys) for of in _grouped([r for r in rows if r["task"] and r.get("method")], _task_cell)]
+    pruned = [r for r in rows if r["task"] and r.get("method")]
+    tasks = [_task_line(of, keys) for of in _grouped([r for r in pruned if not is_impossible(r)], _task_cell)]
+    text += "\nEdges: a geometric mean over tasks reached, in which none counts as one.\n" * bool(tasks)
     if tasks:
         head = ["task", "arm", *keys, "reached", "edges", "nodes", "task loss", "full model's", "without the circuit",
                 "without random ones", "KL", "search s"]  # fmt: skip
-        text += "\n" + _markdown(head, tasks)
+        text += "\nReached is the target on the prompts that were learnt on; losses below are of held-out ones.\n\n"
+        text += _markdown(head, tasks)
+    if without := {r["task"]: r.get("why") for r in pruned if is_impossible(r)}:
+        text += "\n" + "".join(f"- {task} was left out where {why}\n" for task, why in without.items())
     return text
 
 
@@ -91,10 +98,11 @@ def _model_line(rows: list[Row], keys: list[str], further: list[str]) -> list[An
 
 def _task_line(rows: list[Row], keys: list[str]) -> list[Any]:
     reached = [row for row in rows if row["reached"]]
-    shown = ("n_edges", "n_nodes", "task_loss", "full_model_loss_calibrated", "completeness_loss",
-             "random_ablation_loss", "kl", "discovery_seconds")  # fmt: skip
+    shown = dict.fromkeys(("n_edges", "n_nodes", "task_loss"), reached) | {FULL: rows}
+    shown |= dict.fromkeys(("completeness_loss", "random_ablation_loss", "kl", "discovery_seconds"), reached)
     return [
-        rows[0]["task"], *_name(rows, keys), f"{len(reached)} of {len(rows)}", *(_mean(reached, key) for key in shown)
+        rows[0]["task"], *_name(rows, keys), f"{len(reached)} of {len(rows)}",
+        *(_mean(of, key) for key, of in shown.items()),
     ]  # fmt: skip
 
 
