@@ -158,11 +158,12 @@ def equal_capability(study: Study, lines: Sequence[Line]) -> list[dict[str, Any]
 
     Returns:
         For each line against the dense lines of its arm (or all dense ones, where its arm has none) that are like it
-        in all but size and sparsity, and in depth: rows with `line`, `dense`, `loss`, `edges`, `dense_edges`, the
-        `factor` of the two, its 95 % `interval`, n_tasks of n_asked, n_circuits that are compared and n_without_edges
-        of them, and `nonsense`: the same factor of the circuits for nonsense answers, with the `real` one of the same
-        n_tasks, those for which all models have both. Where no loss is covered by both, `nearest` in place of these:
-        the two settings whose losses are nearest, and their losses; None where a side has no circuit.
+        in all but size and sparsity, and in depth: rows with `line`, `dense`, `loss`, the setting `at` whose it is,
+        `edges`, `dense_edges`, the `factor` of the two, its 95 % `interval`, n_tasks of n_asked, n_circuits that are
+        compared and n_without_edges of them, and `nonsense`: the same factor of the circuits for nonsense answers, with
+        the `real` one of the same n_tasks, those for which all models have both. Where no loss is covered by both,
+        `nearest` in place of these: the two settings whose losses are nearest, and their losses; None where a side has
+        no circuit.
     """
     rng = np.random.default_rng(1)
     drawn = {n: draw(rng, n) for n in range(1, len(study.tasks) + 1)}
@@ -233,13 +234,14 @@ def _at(
     tasks = [task for task in tasks if any(row["n_edges"] for row in _circuits(compared.values(), [task]))]
     shared = np.isin(study.tasks, tasks)
     circuits = _circuits(compared.values(), tasks)
+    anchor = next(s for s in (*ours, *theirs) if s.val_loss == loss)  # its seeds decide at which loss is compared
     counts = {
-        "loss": loss, "n_tasks": len(tasks), "n_asked": len(study.tasks), "n_circuits": len(circuits),
+        "loss": loss, "at": anchor.name, "n_tasks": len(tasks), "n_asked": len(study.tasks),
+        "n_circuits": len(circuits),
         "n_without_edges": sum(not row["n_edges"] for row in circuits),
     }  # fmt: skip
     if not tasks:
         return counts | dict.fromkeys(("edges", "dense_edges", "factor", "interval", "nonsense"))
-    anchor = next(s for s in (*ours, *theirs) if s.val_loss == loss)  # its seeds decide at which loss is compared
 
     def sides(logs: dict, shared: np.ndarray, weights: dict) -> tuple[np.ndarray, np.ndarray]:
         """(T, B) of both sides: log edges at the anchor's loss, seeds weighted."""

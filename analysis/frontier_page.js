@@ -4,8 +4,9 @@
 const frontierPage = (() => {
   const data = JSON.parse(document.getElementById("page-data").textContent);
   const { settings, ways } = data;
-  const shown = { mean: data.mean, way: "size", intervals: settings.length <= 60, floors: settings.length <= 60 };
   const GREY = "#9aa0ab";
+  const few = settings.length <= 60; // of more, intervals, floors and values along lines hide each other
+  const shown = { mean: data.mean, way: "size", intervals: few, floors: few };
   const KEYS = 40; // lines in the legend
   const LABEL = { letter: 6.3, height: 12, across: 8, up: 10 }; // pixels
   let figure = null; // the Bokeh models, by the names that frontier_page.py gives them
@@ -148,7 +149,7 @@ const frontierPage = (() => {
     );
   }
 
-  /** Counts beside the points, each where it hides nothing; called again when the picture is moved or zoomed. */
+  /** Labels beside the points, each where it hides nothing; called again when the picture is moved or zoomed. */
   function moved() {
     clearTimeout(moved.later);
     moved.later = setTimeout(() => { figure.labels.data = labelColumns(); }, 50);
@@ -166,11 +167,15 @@ const frontierPage = (() => {
     const taken = px.map(([a, b]) => [a - 6, b - 6, a + 6, b + 6]);
     const columns = { x: [], y: [], text: [], dx: [], dy: [], align: [] };
     settings.forEach((s, i) => {
-      const text = `${valueOf(s).at_least ? "↑ " : ""}${s.n_reached}/${s.n_asked}`;
-      const place = freePlace(px[i], text.length * LABEL.letter, taken, width, height);
-      if (!place) return;
-      taken.push(place.box);
-      [x[i], y[i], text, place.dx, place.dy, place.align].forEach((v, j) => Object.values(columns)[j].push(v));
+      const count = `${valueOf(s).at_least ? "↑ " : ""}${s.n_reached}/${s.n_asked}`;
+      const long = [few ? ways[shown.way].varied[i] : "", count].filter(Boolean).join(", ");
+      for (const text of new Set([long, count])) {
+        const place = freePlace(px[i], text.length * LABEL.letter, taken, width, height);
+        if (!place) continue;
+        taken.push(place.box);
+        [x[i], y[i], text, place.dx, place.dy, place.align].forEach((v, j) => Object.values(columns)[j].push(v));
+        return;
+      }
     });
     return columns;
   }

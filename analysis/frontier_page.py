@@ -29,6 +29,7 @@ from sparsetrain.analysis import frontier_text as texts
 from sparsetrain.analysis.frontier_data import Model, Setting, Study
 from sparsetrain.analysis.frontier_lines import WAYS, Line
 from sparsetrain.analysis.frontier_means import MEANS, default_mean
+from sparsetrain.analysis.frontier_panels import varied
 from sparsetrain.analysis.page_parts import whole_page
 from sparsetrain.files import write_whole
 
@@ -79,7 +80,7 @@ def write_frontier_page(
     titles = {way: WAYS.get(way, f"along {way}, all else equal") for way in ways}
     data = {
         "means": MEANS, "meanings": texts.MEANINGS, "mean": default_mean(study), "panel": PANEL,
-        "ways": {way: {"title": titles[way], "lines": of} for way, of in ways.items()},
+        "ways": {way: {"title": titles[way], "lines": of, "varied": varied(study, of)} for way, of in ways.items()},
         "tasks": study.tasks, "common": study.common, "graph": study.graph,
         "settings": [_setting(s, f, study, page.parent) for s, f in zip(study.settings, found, strict=True)],
     }  # fmt: skip

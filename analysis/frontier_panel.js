@@ -3,7 +3,7 @@
 
 function frontierPanel(data, choose) {
   const { make, note, number } = elements;
-  const TITLES = { n_edges: "edges", n_nodes: "nodes", task_loss: "loss", completeness_loss: "without", kl: "KL" };
+  const TITLES = { n_edges: "edges", n_nodes: "nodes", task_loss: "held-out loss", completeness_loss: "without", kl: "KL" };
 
   function show(i, mean) {
     const parts = i === null ? overview(mean) : setting(data.settings[i]);
@@ -54,12 +54,15 @@ function frontierPanel(data, choose) {
 
   function model(m) {
     const reached = m.outcomes.filter((outcome) => outcome && outcome.length > 1).length;
-    const head = make("h3", {}, `seed ${m.seed}: loss ${number(m.loss, 4)}, ${reached} tasks reached`);
+    const head = make("h3", {}, `seed ${m.seed}: loss ${number(m.loss, 4)}, ${reached} of ${m.outcomes.filter(Boolean).length} tasks reached`);
     const run = m.run ? make("p", {}, link(`${m.run}/`, m.point), " ", link(`${m.run}/config.yaml`, "config")) : null;
     return [head, run ?? note(`${m.point}: its run directory is not beside this page`), table(m)];
   }
 
-  const link = (href, text) => make("a", { href, textContent: text });
+  const link = (href, text) => make("a", { href }, ...broken(text));
+
+  /** A name that may go on in the next line after each underscore. */
+  const broken = (name) => name.split(/(?<=_)/).flatMap((part) => [part, make("wbr")]);
 
   function table(m) {
     const head = cells("th", ["task", ...data.panel.map((key) => TITLES[key])]);
@@ -67,15 +70,15 @@ function frontierPanel(data, choose) {
     return make("table", { className: "outcomes" }, make("thead", {}, head), make("tbody", {}, ...rows));
   }
 
-  const cells = (kind, values) => make("tr", {}, ...values.map((v) => make(kind, {}, v)));
+  const cells = (kind, values) => make("tr", {}, ...values.map((v) => make(kind, {}, ...[v].flat())));
 
   function outcome(task, found) {
     if (!found || found.length === 1) {
       const words = make("small", { textContent: found ? `not reached: ${found[0]}` : "no outcome yet" });
-      return make("tr", {}, make("td", {}, task), make("td", { colSpan: data.panel.length }, words));
+      return make("tr", {}, make("td", {}, ...broken(task)), make("td", { colSpan: data.panel.length }, words));
     }
     const [href, numbers] = [found.at(-1), found.slice(0, -1)];
-    return cells("td", [href ? link(href, task) : task, ...numbers.map((v) => (v === null ? "" : number(v)))]);
+    return cells("td", [href ? link(href, task) : broken(task), ...numbers.map((v) => (v === null ? "" : number(v)))]);
   }
 
   return { show };

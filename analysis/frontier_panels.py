@@ -30,9 +30,13 @@ def panels(study: Study, found: Sequence[Mapping[str, Any]], ways: Mapping[str, 
         "y_label": f"edges at {target(study)}\n({_tasks(study, mean)})",
         "points": [_point(summary, mean) for summary in found],
         "panels": [
-            {"title": WAYS[way], "lines": ways[way], "labels": _labels(study, found, ways[way], mean)} for way in shown
+            {
+                "title": WAYS[way], "lines": ways[way],
+                "labels": [_label(*of, mean) for of in zip(found, varied(study, ways[way]), strict=True)],
+            }
+            for way in shown
         ],
-    }
+    }  # fmt: skip
 
 
 def _joins(lines: Sequence[Line], found: Sequence[Mapping[str, Any]], mean: str) -> bool:
@@ -49,17 +53,21 @@ def _tasks(study: Study, mean: str) -> str:
     return f"geometric mean over {MEANS[mean]}"
 
 
-def _labels(study: Study, found: Sequence[Mapping[str, Any]], lines: Sequence[Line], mean: str) -> list[str]:
-    """Of each setting what tells it from the others of its line, and how many outcomes reached the target."""
-    told = [""] * len(found)
+def varied(study: Study, lines: Sequence[Line]) -> list[str]:
+    """Of each setting what tells it from the others of its line."""
+    told = [""] * len(study.settings)
     for line in lines:
         values = {i: study.settings[i].row["values"] for i in line["settings"]}
         keys = [key for key in values[line["settings"][0]] if len({str(of.get(key)) for of in values.values()}) > 1]
         for i, of in values.items():
-            reached = f"{'↑ ' * found[i]['means'][mean].at_least}{found[i]['n_reached']}/{found[i]['n_asked']}"
-            still = f"{found[i]['n_open']} open" * bool(found[i]["n_open"])
-            told[i] = ", ".join(filter(None, (" ".join(named(key, of.get(key)) for key in keys), reached, still)))
+            told[i] = " ".join(named(key, of.get(key)) for key in keys)
     return told
+
+
+def _label(found: Mapping[str, Any], varied: str, mean: str) -> str:
+    """A setting with how many outcomes reached the target, of all its seeds."""
+    reached = f"{'↑ ' * found['means'][mean].at_least}{found['n_reached']}/{found['n_asked']}"
+    return ", ".join(filter(None, (varied, reached, f"{found['n_open']} open" * bool(found["n_open"]))))
 
 
 def _point(found: Mapping[str, Any], mean: str) -> dict[str, Any]:

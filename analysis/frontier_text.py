@@ -77,7 +77,7 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
             "see `dense`."
         )
     if study.missing:
-        told.append(f"Not finished: {len(study.missing)} things are missing or failed, listed below.")
+        told.append(f"Not finished: what is missing or failed is listed below ({len(study.missing)}).")
     return told
 
 
@@ -186,9 +186,10 @@ def _factor(row: Mapping[str, Any]) -> list[str]:
         (a, loss), (b, other) = row["nearest"]
         return ["", "", "", f"no overlap; nearest: {a} at {loss:.3f}, {b} at {other:.3f}", "", ""]
     tasks = f"{row['n_tasks']} of {row['n_asked']}"
+    loss = f"{row['loss']:.3f} of {row['at']}"
     if row["factor"] is None:
-        return [f"{row['loss']:.3f}", "", "", "no task that both reach, and that needs an edge", tasks, ""]
-    numbers = [f"{row['loss']:.3f}", f"{row['edges']:,.0f}", f"{row['dense_edges']:,.0f}"]
+        return [loss, "", "", "no task that both reach, and that needs an edge", tasks, ""]
+    numbers = [loss, f"{row['edges']:,.0f}", f"{row['dense_edges']:,.0f}"]
     if row["n_without_edges"]:  # counted as one edge, so that the factor may be any
         tasks += f"; {row['n_without_edges']} of {row['n_circuits']} circuits have no edge"
     return [*numbers, f"{_with_interval(row['factor'], row['interval'], '.3g')}", tasks, _of_nonsense(row["nonsense"])]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ METHODS = ("node_masks", "attribution", "edge_masks", "topk_masks", "acdc", "pro
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 an error with its message, 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 1 an error with its message or no circuit, 130 interrupted."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no positional arguments after an option; overrides may stand anywhere.
@@ -32,7 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
     for noisy in ("httpx", "fsspec", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        return options.command(options) or 0
+        status = options.command(options) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell says of a process that SIGPIPE ended
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -274,7 +280,7 @@ def _tasks(options: argparse.Namespace) -> None:
     )
 
 
-def _prune(options: argparse.Namespace) -> None:
+def _prune(options: argparse.Namespace) -> int | None:
     if options.method not in METHODS:  # before a model is read
         raise ConfigError(f"--method must be one of {', '.join(METHODS)}, got {options.method!r}")
     probing = options.method == "probing"
@@ -298,7 +304,7 @@ def _prune(options: argparse.Namespace) -> None:
         print(
             f"no circuit of {found.task} reaches {found.target_loss}; the best had {found.best_loss:.3f}: {found.why}"
         )
-        return
+        return 1
     folder = Path(options.run) / "circuits" / found.task / (config.name or found.method)
     print(describe(found))
     for caution in cautions(found.measures):

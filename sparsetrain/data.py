@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsetrain.config import DataOptions
+from sparsetrain.files import WriteError, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -278,8 +279,11 @@ def _first_characters(documents: Iterator[str], limit: int) -> Iterator[str]:
 def _write_corpus(
     folder: Path, options: DataOptions, fingerprint: str, files: list[tuple[str, str]], skipped: Counter
 ) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+    make_folder(folder.parent)
+    try:
+        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+    except OSError as error:
+        raise WriteError(f"could not write into {folder.parent}: {error}; set data.cache to another folder") from None
     try:
         tokenizer = _given_tokenizer(options) or train_tokenizer(
             _first_characters(_documents(options, files), options.tokenizer_characters),

@@ -72,10 +72,11 @@ class Transformer(nn.Module):
             edits: for a site, a function from its activation to what replaces it (same shape).
 
         Returns:
-            Logits (B, T, V) and the activations read, by site.
+            Logits (B, T, V) and the activations read, by site; with gradients, unless run under `torch.no_grad()`.
 
         Raises:
             ValueError: a name is not a site of this model.
+            IndexError: a token is not in its vocabulary.
         """
         seen: dict[str, Tensor] = {}
         resid = self.final_resid(tokens, self.visitor(seen, read, edits))

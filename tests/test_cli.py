@@ -1,6 +1,8 @@
 """The command line as its user meets it."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -89,3 +91,11 @@ def test_tasks_prints_every_task_with_examples(tiny_run, capsys):
 def test_prepare_says_where_and_how_much(tiny, capsys):
     assert main(["prepare", *tiny]) == 0
     assert "'train':" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, "-m", "sparsetrain", "train", "--print-config"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # before anything is written
+        told = process.stderr.read()
+    assert (process.returncode, told) == (141, "")

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sparsetrain.config import DataOptions
 from sparsetrain.data import DataError, batch, evaluation_batches, prepare, train_tokenizer
+from sparsetrain.files import WriteError
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,12 @@ def folder(tmp_path_factory):
 def options(folder, tmp_path, **changes) -> DataOptions:
     values = {"source": "text", "paths": [str(folder)], "vocab_size": 300, "val_fraction": 0.3, "cache": str(tmp_path)}
     return DataOptions(**{**values, **changes})
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="could not make .*file"):
+        prepare(options(folder, tmp_path / "file" / "cache"))
 
 
 def test_what_is_no_text_is_skipped_and_counted(folder, tmp_path):

@@ -151,8 +151,9 @@ def test_the_page_shows_every_setting_at_its_place(page, swept):
     assert points["x"] == pytest.approx([s["val_loss"] for s in found], rel=1e-4)
     assert points["y"] == pytest.approx([s["means"]["common"]["mean"] for s in found], rel=1e-4)
     assert points["marker"] == ["diamond" if s["dense"] else "circle" for s in found]
-    counts = [f"{s['n_reached']}/{s['n_asked']}" for s in found]
-    assert sorted(columns(page, "labels")["text"]) == sorted(counts)
+    labels, counts = columns(page, "labels")["text"], [f"{s['n_reached']}/{s['n_asked']}" for s in found]
+    assert sorted(text.rpartition(", ")[2] for text in labels) == sorted(counts)
+    assert f"density=0.0625, {counts[0]}" in labels
     assert len(columns(page, "rings")["x"]) == sum(s["means"]["common"]["pareto"] for s in found) > 0
     assert page.locator("#settings tbody tr").count() == len(found)
     assert page.locator("#factors tbody tr").count() == len(data_of(swept)["equal_capability"])
@@ -170,7 +171,7 @@ def test_means_and_lines_can_be_chosen(page, swept):
     page.select_option("#mean", "bound")
     assert columns(page, "points")["y"] == pytest.approx([s["means"]["bound"]["mean"] for s in found], rel=1e-4)
     assert "the truth is not known" in page.inner_text("#meaning")
-    page.wait_for_function("Bokeh.documents[0].get_model_by_name('labels').data.text.some((t) => t.startsWith('↑'))")
+    page.wait_for_function("Bokeh.documents[0].get_model_by_name('labels').data.text.some((t) => t.includes('↑'))")
     assert columns(page, "intervals")["x0"] and not columns(page, "floors")["x"]
     page.uncheck("#intervals")
     page.check("#floors")

@@ -129,7 +129,9 @@ def test_an_unknown_task_is_refused(tiny_run):
         prune(tiny_run, "single_quote", load_config(PruneConfig, QUICK))
 
 
-def test_the_command_writes_the_page_of_a_file_task_from_anywhere(tiny_run, task, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_the_page_of_a_file_task_from_anywhere(
+    tiny_run, task, tmp_path, monkeypatch, capsys, caplog
+):
     """The page finds the task's file again through the circuit."""
     import shutil
 
@@ -143,6 +145,10 @@ def test_the_command_writes_the_page_of_a_file_task_from_anywhere(tiny_run, task
     monkeypatch.chdir("/")
     assert main(["page", str(tmp_path / "run"), "--task", "mine"]) == 0
     assert "circuit of mine" in capsys.readouterr().out
+    again = ["prune", str(tmp_path / "run"), "--task", str(tmp_path / "mine.jsonl"), *QUICK, "target_loss=0"]
+    assert main([*again, "node_masks.steps=3"]) == 1
+    assert "no circuit of mine reaches 0.0" in capsys.readouterr().out
+    assert "found with other settings (" in caplog.text and "target_loss was 0.6" in caplog.text
 
 
 SMALL = {

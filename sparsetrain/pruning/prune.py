@@ -21,7 +21,7 @@ from torch import Tensor
 from sparsetrain import checkpoint
 from sparsetrain.config import ConfigError, RunConfig
 from sparsetrain.data import evaluation_batches
-from sparsetrain.files import write_json
+from sparsetrain.files import make_folder, write_json
 from sparsetrain.machine import peak_bytes, reset_peak
 from sparsetrain.model import Transformer
 from sparsetrain.prune_config import PruneConfig
@@ -98,7 +98,8 @@ def prune(
     # A search with other settings begins anew.
     state = unfinished / _digest(method, config, fingerprint(problem.space.model, problem.data))
     goes_on = state.exists() and any(state.iterdir())
-    state.mkdir(parents=True, exist_ok=True)
+    make_folder(state)
+    _tell_of_another(folder, config)
     problem = dataclasses.replace(problem, state=state)
     (cut, ranking, used), cost = _at_cost(torch.device(device), lambda: find(problem, METHODS[method]))
     if goes_on:
@@ -115,6 +116,21 @@ def prune(
     if at is None:
         _summarise(run, newest)
     return answer
+
+
+def _tell_of_another(folder: Path, config: PruneConfig) -> None:
+    """A circuit of other settings is replaced once one is found with these."""
+    file = folder / "circuit.json"
+    try:
+        before = json.loads(file.read_text())["settings"]["prune"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    if differing := [key for key in now if before.get(key) != now[key]]:
+        log.warning(
+            "the circuit in %s, found with other settings (%s), will be replaced by what is found; name=... keeps both",
+            folder, ", ".join(f"{key} was {before.get(key)}" for key in differing),
+        )  # fmt: skip
 
 
 def _problem(

@@ -109,7 +109,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb", 0)
     os.dup2(2, 1)  # what anyone prints is no answer
     for line in sys.stdin.buffer:
-        answers.write(json.dumps({"error": _done(Job.from_message(line.decode()))}).encode() + b"\n")
+        answer = _done(Job.from_message(line.decode()))
+        with suppress(BrokenPipeError):  # whoever gave the job was killed; it is recorded
+            answers.write(json.dumps({"error": answer}).encode() + b"\n")
 
 
 def _done(job: Job) -> str | None:
