@@ -168,7 +168,7 @@ def _facts(circuit: Circuit, config: RunConfig) -> dict[str, str]:
         "ablation": circuit.ablation.kind,
         "model": f"{m.n_layers} layers, d_model {m.d_model}, {m.d_model // m.d_head} heads of {m.d_head}, "
         f"{m.mlp_ratio * m.d_model} neurons a layer, context {m.n_ctx}",
-        "weights": "dense" if config.sparsity.density == 1 else f"{config.sparsity.density:.2%} nonzero",
+        "weights": "dense" if config.sparsity.density == 1 else f"{config.sparsity.density:.2%} of the blocks' nonzero",
         "calibration": f"scale {circuit.calibration.scale:.3g}, shift {circuit.calibration.shift:.3g}",
     }
 

@@ -40,6 +40,7 @@ POSITIVE, NEGATIVE, QUIET = "#2f6fb5", "#c8472f", "#9aa0a8"
 SHADES = list(reversed(Purples256[:226]))  # without the palest, which would vanish on white
 ROW_HEIGHT, LOWEST, HIGHEST = 42, 430, 1100  # pixels
 DRAWN_WIDTH = 820  # pixels, about; decides how large nodes may be
+UNKNOWN = "#d7dae0"  # the colour of a node whose effect was not measured
 LABELLED = 60  # nodes; in a larger circuit only the chosen node and its neighbours are labelled
 WIDEST = 4.5  # pixels, of the strongest edge
 
@@ -62,10 +63,13 @@ def circuit_figure(data: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     nodes, marks = _draw_points(plot, data, layout)
     plot.add_tools(
         TapTool(renderers=[nodes, marks]),
-        HoverTool(renderers=[edges], tooltips="@source → @target<br>weight @weight{0.0000}"),
-        HoverTool(renderers=[nodes], tooltips="<b>@name</b><br>@words<br>effect @effect{0.0000}"),
+        # One edge of those that meet in a node, and below it, so that it does not lie upon the node's own words.
+        HoverTool(
+            renderers=[edges], tooltips="@source → @target<br>weight @weight{0.0000}", limit=1, attachment="below"
+        ),
+        HoverTool(renderers=[nodes], tooltips="<b>@name</b><br>@words<br>effect @effect{0.0000}", attachment="above"),
         HoverTool(renderers=[marks], tooltips="<b>@name</b><br>@words"),
-    )
+    )  # fmt: skip
     return json_item(plot, "figure")
 
 
@@ -248,10 +252,12 @@ def _draw_answers(plot: figure, data: Mapping[str, Any], layout: Layout) -> None
     )  # fmt: skip
 
 
-def _effect_colours(plot: figure, effects: Sequence[float]) -> dict[str, Any]:
-    """Colour by the square root of the effect, since most effects are far smaller than the largest."""
+def _effect_colours(plot: figure, effects: Sequence[float]) -> dict[str, Any] | str:
+    """Colour by the square root of the effect, since most effects are far smaller than the largest; grey without."""
+    if not effects:
+        return UNKNOWN
     highest = max([*effects, 0.0]) or 1.0
-    mapper = LinearColorMapper(palette=SHADES, low=0, high=math.sqrt(highest), nan_color="#d7dae0")
+    mapper = LinearColorMapper(palette=SHADES, low=0, high=math.sqrt(highest), nan_color=UNKNOWN)
     ticks = [math.sqrt(highest) * share for share in (0, 0.25, 0.5, 0.75, 1)]
     bar = ColorBar(
         color_mapper=mapper,

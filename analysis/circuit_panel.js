@@ -19,11 +19,12 @@ function circuitPanel(data, choose) {
   }
 
   function overview() {
-    const best = byEffect().slice(0, LISTED);
+    const best = byEffect().slice(0, LISTED).filter((i) => points[i].effect !== null);
     return [
       make("h2", { textContent: "How to read this" }),
       make("p", { textContent: GUIDE }),
-      best.length ? make("h2", { textContent: "Nodes that matter most" }) : null,
+      make("h2", { textContent: "Nodes that matter most" }),
+      best.length ? null : note("Effects of nodes were not measured; a greater effect_units when pruning has them."),
       list(best, (i) => nodeRow(i, number(points[i].effect))),
       make("h2", { textContent: "The task" }),
       pairs(null),
