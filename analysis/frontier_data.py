@@ -220,7 +220,9 @@ def _rows(folder: Path) -> list[Row]:
     try:
         rows = read_rows(folder)
     except (OSError, ValueError) as error:
-        raise FrontierError(f"{folder} must hold the {ROWS} of a sweep, got: {error}") from None
+        raise FrontierError(
+            f"{folder} must hold the {ROWS} of a sweep, which `sparsetrain sweep` writes, got: {error}"
+        ) from None
     if other := next((i for i, row in enumerate(rows, 1) if not _is_row(row)), None):
         raise FrontierError(
             f"{folder / ROWS} must have lines with {', '.join(sorted(NEEDED))}, and {', '.join(sorted(OF_A_CIRCUIT))} "

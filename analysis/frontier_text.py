@@ -70,11 +70,14 @@ def cautions(study: Study, found: Sequence[Mapping[str, Any]], factors: Sequence
         "below compares them task by task."
     )
     if not any(setting.dense for setting in study.settings):
-        told.append("There is no dense baseline, so nothing is said about how much circuits shrink; see `dense`.")
+        told.append(
+            "There is no dense baseline that is trained, so nothing is said about how much circuits shrink; see "
+            "`dense` in `sparsetrain sweep --help`."
+        )
     elif all("nearest" in row for row in factors):
         told.append(
             "No line of sparse models overlaps in loss with a dense one; the baselines may have widths of their own, "
-            "see `dense`."
+            "see `dense` in `sparsetrain sweep --help`."
         )
     if study.missing:
         told.append(f"Not finished: what is missing or failed is listed below ({len(study.missing)}).")

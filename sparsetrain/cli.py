@@ -263,8 +263,10 @@ def _tasks(options: argparse.Namespace) -> None:
 
     # Which first tokens stand for answers of several is seen with --examples; here it would tear the table apart.
     logging.getLogger("sparsetrain.tasks").setLevel(logging.WARNING)
-    print(f"{'task':28} {'loss':>6} {'accuracy':>9} {'calibrated':>11} {'pairs told apart':>17}")
+    head = f"{'task':28} {'loss':>6} {'accuracy':>9} {'calibrated':>11} {'pairs told apart':>17}"
     for score in score_tasks(options.run, options.pairs, _device(options)):
+        print(head, end="\n" * bool(head))
+        head = ""
         if score.loss is None:
             print(f"{score.name:28} not possible with this tokenizer: {score.reason}")
         else:

@@ -251,6 +251,7 @@ def test_what_a_method_cannot_do_is_said(tiny_run, task):
         ([], "pruner", "method must be one of node_masks, edge_masks, topk_masks, attribution, acdc .*probing"),
         (["name=a/../b"], "attribution", "name must be a folder's name without a path, got 'a/../b'"),
         (["graph=component", "acdc.lowest_tau=2"], "acdc", "lowest_tau must be at most acdc.highest_tau = 1.0, got 2"),
+        (["graph=component"], "node_masks", "graph must be channel with node_masks, got component"),
         (["node_masks.search_trials=2"], "acdc", "search_trials must be 0 with another method, got 2 with acdc"),
     ):
         with pytest.raises(ConfigError, match=words):

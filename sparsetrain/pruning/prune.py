@@ -211,6 +211,10 @@ def _refuse(run: Path, config: PruneConfig, method: str) -> None:
         raise ConfigError(
             f"method must be one of {', '.join(METHODS)} (or, at the command line, probing), got {method!r}"
         )
+    if method == "node_masks" and config.graph == "component":
+        raise ConfigError(
+            "graph must be channel with node_masks, got component; attribution, edge_masks, topk_masks and acdc take it"
+        )
     if config.node_masks.search_trials and method != "node_masks":
         raise ConfigError(
             f"node_masks.search_trials must be 0 with another method, got {config.node_masks.search_trials} with "

@@ -18,7 +18,7 @@ from sparsetrain.sweeping.worker import Worker
 STEPS = 4  # that are timed at the beginning of a run, and as many at its end
 MOST_TIMED = 6  # combinations whose steps are timed; others are scaled from the nearest
 TIMED_SHARE = 1 / 50  # of all steps to come that may be timed before them, unless that leaves none
-KNOWN, TIMED, SCALED = "as its other seeds took", "timed steps", "scaled from timed steps"
+KNOWN, TIMED, SCALED = "as its seeds took", "timed steps", "scaled from timed steps"
 
 
 @dataclass(frozen=True)
