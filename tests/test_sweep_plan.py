@@ -136,3 +136,16 @@ def test_what_is_not_timed_lies_between_those_that_are(tmp_path):
     found = estimates(config, points, Linear())
     assert [found[point.id].train_seconds for point in points] == pytest.approx([*takes.values()])
     assert [found[point.id].source for point in points].count(TIMED) == 2
+
+
+def test_combinations_of_equal_cost_may_take_the_same_and_the_memory_of_some_be_unknown(tmp_path):
+    rates = "grid.optim.lr=[0.1,0.2,0.3,0.4,0.5,0.6,0.7]"
+    config = load_sweep([f"out={tmp_path}", "base=[train.steps=10000,model.d_model=64]", rates])
+
+    class Unknown(Timing):
+        def run(self, job):
+            self.n += 1
+            job.write(result={"train_seconds": 100.0, "train_peak_bytes": 10 if self.n % 2 else None})
+
+    found = estimates(config, expand(config), Unknown()).values()
+    assert [one.train_seconds for one in found] == [100.0] * 7

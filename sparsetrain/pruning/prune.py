@@ -122,7 +122,7 @@ def _tell_of_another(folder: Path, config: PruneConfig) -> None:
     """A circuit of other settings is replaced once one is found with these."""
     file = folder / "circuit.json"
     try:
-        before = json.loads(file.read_text())["settings"]["prune"]
+        before = dict(json.loads(file.read_text())["settings"]["prune"])
     except (OSError, ValueError, LookupError, TypeError):
         return
     now = json.loads(json.dumps(dataclasses.asdict(config)))

@@ -207,7 +207,8 @@ def _timed(config: Sweep, point: Point, worker: Worker) -> tuple[float | None, i
 def _scaled(point: Point, timed: dict, cells: dict) -> tuple[float | None, int | None, str]:
     """Time between those of the timed combinations next in cost; beyond these, in proportion to the nearest."""
     of = cost(point.config)
-    costs = sorted((cost(cells[g].config), *timed[g][:2]) for g in timed if timed[g][0] is not None)
+    known = ((cost(cells[g].config), *timed[g][:2]) for g in timed if timed[g][0] is not None)
+    costs = sorted(known, key=lambda one: one[:2])  # memory may not be known
     if not costs:
         return None, None, "not known"
     at, seconds, memory = min(costs, key=lambda one: abs(one[0] - of))

@@ -95,7 +95,7 @@ def not_done(config: Sweep) -> list[Point]:
 def _tell_of_others(config: Sweep, found: Mapping[str, Recorded]) -> None:
     """Runs of earlier configs stay where they are, and are in no row."""
     folder = config.options.folder / "points"
-    others = sorted(run.name for run in folder.iterdir() if run.name not in found) if folder.exists() else []
+    others = sorted(run.name for run in folder.glob("*/") if run.name not in found)
     if others:
         log.warning(
             "%d of the runs in %s are of no point of this config, and will be in no row (%s, ...); take them away, or "
